@@ -1,0 +1,154 @@
+"""What every video model family offers to training, nodes and the command line."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol, runtime_checkable
+
+import torch
+from torch import Tensor, nn
+
+Tick = Callable[[str], None]
+"""Called with a phase name at least once per model call. May raise to stop the work."""
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """Facts about one loaded model that callers may rely on.
+
+    Attributes:
+        family: Registry name, for example ``wan``.
+        name: The model's own name, for example ``Wan2.1-Fun-1.3B-InP``.
+        latent_channels: Channels of the latents the solver works on.
+        temporal_stride: Frames a latent frame stands for (the first stands for one).
+        spatial_stride: Pixels a latent cell is wide.
+        size_multiple: Width and height must be multiples of this many pixels.
+        image_to_video: Whether a start (and end) image can condition the model.
+        lora_targets: Names of modules to train; a name matches itself and any module that ends in
+            ``.<name>``. ``("all-linear",)`` stands for every linear layer, as the publishers train.
+        width, height, frames, steps, guidance_scale, fps: What the model does well without being asked.
+    """
+
+    family: str
+    name: str
+    latent_channels: int
+    temporal_stride: int
+    spatial_stride: int
+    size_multiple: int
+    image_to_video: bool
+    lora_targets: tuple[str, ...]
+    width: int
+    height: int
+    frames: int
+    steps: int
+    guidance_scale: float
+    fps: int
+
+    def check_size(self, width: int, height: int, frames: int) -> None:
+        """Raise ``ValueError`` naming the nearest valid size if the model cannot paint this one."""
+        multiple, stride = self.size_multiple, self.temporal_stride
+        near_width, near_height = (max(multiple, round(v / multiple) * multiple) for v in (width, height))
+        near_frames = max(1, round((frames - 1) / stride) * stride + 1)
+        if (width, height) != (near_width, near_height):
+            raise ValueError(
+                f"width and height must be multiples of {multiple} for {self.name}, "
+                f"got {width}x{height}; the nearest is {near_width}x{near_height}"
+            )
+        if frames != near_frames:
+            raise ValueError(
+                f"the number of frames must be {stride}n+1 for {self.name}, got {frames}; the nearest is {near_frames}"
+            )
+
+    def latent_shape(self, width: int, height: int, frames: int) -> tuple[int, int, int, int]:
+        """Shape ``(C, t, h, w)`` of one sample's latents. Raises like :meth:`check_size`."""
+        self.check_size(width, height, frames)
+        return (
+            self.latent_channels,
+            (frames - 1) // self.temporal_stride + 1,
+            height // self.spatial_stride,
+            width // self.spatial_stride,
+        )
+
+
+@dataclass(frozen=True)
+class Conditioning:
+    """What the denoiser is told besides the latents: one mapping of batch-first tensors a guidance branch.
+
+    Attributes:
+        positive: Tensors ``[B, ...]`` of the wanted branch, by the family's own names.
+        negative: The same names for the unwanted branch, or None when guidance is off.
+    """
+
+    positive: Mapping[str, Tensor] = field(repr=False)
+    negative: Mapping[str, Tensor] | None = field(default=None, repr=False)
+
+
+@runtime_checkable
+class VideoModel(Protocol):
+    """A loaded video diffusion model. All tensors are batch first; latents are float32 ``[B, C, t, h, w]``.
+
+    ``sigma`` runs from 1 (noise) to 0 (clean). Nothing here keeps state between calls.
+    """
+
+    spec: ModelSpec
+    denoisers: dict[str, nn.Module]
+    """The networks a LoRA may be put into, by expert name; a single one is called ``transformer``."""
+
+    @property
+    def device(self) -> torch.device: ...
+
+    def lora_names(self, expert: str) -> dict[str, str]:
+        """The publisher's dotted name of every LoRA-capable module of an expert, by its name in our classes."""
+        ...
+
+    def text_fingerprint(self) -> str:
+        """Changes whenever :meth:`encode_text` would answer differently. Keys the embedding cache."""
+        ...
+
+    def encode_text(self, prompts: Sequence[str]) -> list[Tensor]:
+        """One embedding ``[L_i, D]`` a prompt, cut to its true length. Without gradient."""
+        ...
+
+    def conditioning(
+        self,
+        positive: Sequence[Tensor],
+        negative: Sequence[Tensor] | None,
+        latent_shape: Sequence[int],
+        *,
+        start_image: Tensor | None = None,
+        end_image: Tensor | None = None,
+    ) -> Conditioning:
+        """Join text embeddings and optional images.
+
+        Args:
+            positive: What :meth:`encode_text` returned, one a sample.
+            negative: The same for the unwanted branch, one a sample; None turns guidance off.
+            latent_shape: ``(C, t, h, w)``.
+            start_image, end_image: ``[B, 3, H, W]`` or ``[1, 3, H, W]`` in 0..1.
+        """
+        ...
+
+    def initial_latents(self, latent_shapes: Sequence[int], seeds: Sequence[int]) -> Tensor:
+        """Noise ``[B, C, t, h, w]``, one seed a sample, drawn on the CPU so that every device agrees."""
+        ...
+
+    def sigmas(self, steps: int) -> Tensor:
+        """The ``steps + 1`` noise levels of the solver, float64, decreasing, ending in 0."""
+        ...
+
+    def predict(self, x: Tensor, sigma: Tensor, branch: Mapping[str, Tensor]) -> Tensor:
+        """The denoiser's float32 output for one guidance branch at a scalar ``sigma``."""
+        ...
+
+    def step(self, x: Tensor, prediction: Tensor, sigma: Tensor, sigma_next: Tensor) -> Tensor:
+        """One solver step: pure, and linear in ``x`` and in ``prediction``. To ``sigma_next = 0`` it gives x0."""
+        ...
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Frames ``[B, 3, T, H, W]`` in 0..1 of ``[B, C, t, h, w]``, differentiable."""
+        ...
+
+    def to(self, device: torch.device | str, *parts: str) -> None:
+        """Move named parts (``text``, ``denoiser``, ``vae``), or all of them, to a device."""
+        ...
