@@ -1,0 +1,1 @@
+"""What paints: one file per family of video models."""
