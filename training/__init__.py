@@ -1,0 +1,1 @@
+"""What teaches: rollout, judge, replay, and the loop around them."""

@@ -1,0 +1,129 @@
+"""Checkpoints: one safetensors file with everything a run needs to go on, written whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import logging
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from ..files import WeightFileError, canonical_json, read_safetensors, write_safetensors
+from .config import TrainConfig
+
+log = logging.getLogger(__name__)
+PATTERN = "checkpoint-{:06d}.safetensors"
+
+
+@dataclass
+class Progress:
+    """Where a run stands.
+
+    Attributes:
+        step: Steps made, skipped ones included.
+        skipped: Steps skipped in all.
+        skipped_in_a_row: Steps skipped since the last good one.
+    """
+
+    step: int = 0
+    skipped: int = 0
+    skipped_in_a_row: int = 0
+
+
+@dataclass(frozen=True)
+class RunIdentity:
+    """What must not change when a run is resumed.
+
+    Attributes:
+        model: Name of the base model.
+        reward: Name of the reward.
+        prompts: Hash of the prompts.
+        config: The settings of the run.
+    """
+
+    model: str
+    reward: str
+    prompts: str
+    config: TrainConfig
+
+    def differences(self, saved: dict) -> list[str]:
+        """``name: saved -> now`` for every decisive difference to a saved identity."""
+        now = _flat(self.decisive())
+        before = _flat(saved)
+        return [f"{k}: {before.get(k)} -> {now.get(k)}" for k in sorted({*now, *before}) if before.get(k) != now.get(k)]
+
+    def decisive(self) -> dict:
+        data = {"model": self.model, "reward": self.reward, "prompts": self.prompts, **self.config.decisive()}
+        return json.loads(canonical_json(data))
+
+
+def _flat(data: dict, prefix: str = "") -> dict:
+    flat = {}
+    for key, value in data.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat
+
+
+def save_checkpoint(
+    folder: Path,
+    progress: Progress,
+    identity: RunIdentity,
+    parameters: dict[str, nn.Parameter],
+    optimizer: torch.optim.Optimizer,
+) -> Path:
+    """Write ``checkpoint-<step>.safetensors`` and delete older ones beyond ``keep_checkpoints``."""
+    tensors: dict[str, Tensor] = {}
+    for key, parameter in parameters.items():
+        tensors[f"lora.{key}"] = parameter.detach().cpu()
+        for name, value in optimizer.state.get(parameter, {}).items():
+            tensors[f"optimizer.{key}.{name}"] = value.detach().cpu()
+    metadata = {"progress": canonical_json(asdict(progress)), "identity": canonical_json(identity.decisive())}
+    path = write_safetensors(folder / PATTERN.format(progress.step), tensors, metadata)
+    for old in list_checkpoints(folder)[: -identity.config.keep_checkpoints]:
+        old.unlink(missing_ok=True)
+    return path
+
+
+def list_checkpoints(folder: Path) -> list[Path]:
+    """Checkpoints of a run folder, oldest first."""
+    return sorted(folder.glob(PATTERN.replace("{:06d}", "*")))
+
+
+def load_latest(
+    folder: Path, identity: RunIdentity, parameters: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer
+) -> Progress | None:
+    """Restore the newest readable checkpoint of a folder in place.
+
+    Returns:
+        Where the run stands, or None if there is no checkpoint.
+
+    Raises:
+        ValueError: The checkpoint belongs to a run with other settings; they are named.
+    """
+    for path in reversed(list_checkpoints(folder)):
+        try:
+            tensors, metadata = read_safetensors(path)
+        except WeightFileError as error:
+            log.warning("%s; trying the one before", error)
+            continue
+        different = identity.differences(json.loads(metadata["identity"]))
+        if different:
+            raise ValueError(
+                f"{folder} holds a run with other settings ({'; '.join(different[:4])}): "
+                "choose another folder, restore the settings, or start afresh"
+            )
+        with torch.no_grad():
+            for key, parameter in parameters.items():
+                parameter.copy_(tensors.pop(f"lora.{key}"))
+        for key, parameter in parameters.items():
+            prefix = f"optimizer.{key}."
+            state = {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+            if state:
+                optimizer.state[parameter] = {
+                    name: value.clone() if name == "step" else value.to(parameter.device, copy=True)
+                    for name, value in state.items()
+                }
+        return Progress(**json.loads(metadata["progress"]))
+    return None

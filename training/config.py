@@ -1,0 +1,201 @@
+"""Every hyper-parameter of a run, documented and checked in one place."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import math
+from dataclasses import dataclass, field
+from typing import Any, Literal, get_args
+
+from ..files import canonical_json
+from ..video_models.protocol import ModelSpec
+from .gradient import Objective
+from .schedule import BackpropSchedule
+
+Schedule = Literal["constant", "linear", "cosine"]
+SaveType = Literal["bfloat16", "float16", "float32"]
+
+FREE_TO_CHANGE = (
+    "steps",
+    "save_every",
+    "keep_checkpoints",
+    "sample_every",
+    "sample_count",
+    "max_skipped",
+    "save_dtype",
+)
+"""Fields that may differ when a run is resumed: they do not touch the steps already made."""
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Settings of one training run.
+
+    Node widgets, command-line flags and recipes are made from these fields.
+
+    Attributes:
+        steps: Optimiser steps to make.
+        batch_size: Videos sampled and judged at once.
+        accumulation: Batches whose gradients are averaged into one step; costs time, not memory.
+        learning_rate: Of AdamW. The publishers use 1e-5 for models of 1.3B and more.
+        warmup_steps: Steps over which the learning rate rises from 0.
+        lr_schedule: After the warm-up: constant, or linear or cosine to 0 at the last step.
+        weight_decay: Of AdamW.
+        beta1: Of AdamW.
+        beta2: Of AdamW.
+        epsilon: Of AdamW; small, because reward gradients are small.
+        max_grad_norm: Gradients are scaled down to this norm.
+        rank: Rank of the LoRA.
+        network_alpha: The LoRA is scaled by alpha / rank.
+        lora_targets: Modules to adapt; empty takes the model's own list.
+        width: Pixels; 0 takes the model's default.
+        height: Pixels; 0 takes the model's default.
+        frames: Frames of the sampled video; 0 takes the model's default.
+        sampler_steps: Solver steps of the rollout; 0 takes the model's default.
+        guidance_scale: Classifier-free guidance of the rollout; 0 takes the model's default, 1 turns it off.
+        negative_prompt: What guidance leads away from.
+        batched_guidance: Both guidance branches in one call; off halves the memory of a step.
+        backprop: Which solver steps are trained.
+        judged_latents: How many latent frames, from the first, are decoded and judged; 0 is all.
+        judged_frames: How many of the decoded frames the reward sees, spread evenly; 0 is all.
+        objective: From rewards to a loss.
+        seed: Source of all chance.
+        save_every: Steps between checkpoints.
+        keep_checkpoints: How many of the newest checkpoints stay.
+        sample_every: Steps between evaluations on fixed prompts and seeds; 0 turns them off.
+        sample_count: How many fixed prompts an evaluation samples.
+        max_skipped: The run stops after this many steps in a row without a finite reward and gradient.
+        save_dtype: Number type of the saved LoRA.
+
+    Raises:
+        ValueError: A value outside its range, with the range.
+    """
+
+    steps: int = 300
+    batch_size: int = 1
+    accumulation: int = 1
+    learning_rate: float = 1e-5
+    warmup_steps: int = 0
+    lr_schedule: Schedule = "constant"
+    weight_decay: float = 0.03
+    beta1: float = 0.9
+    beta2: float = 0.999
+    epsilon: float = 1e-10
+    max_grad_norm: float = 0.3
+    rank: int = 32
+    network_alpha: float = 16.0
+    lora_targets: tuple[str, ...] = ()
+    width: int = 0
+    height: int = 0
+    frames: int = 0
+    sampler_steps: int = 0
+    guidance_scale: float = 0.0
+    negative_prompt: str = ""
+    batched_guidance: bool = True
+    backprop: BackpropSchedule = field(default_factory=BackpropSchedule)
+    judged_latents: int = 1
+    judged_frames: int = 0
+    objective: Objective = field(default_factory=Objective)
+    seed: int = 42
+    save_every: int = 25
+    keep_checkpoints: int = 2
+    sample_every: int = 25
+    sample_count: int = 4
+    max_skipped: int = 10
+    save_dtype: SaveType = "bfloat16"
+
+    def __post_init__(self) -> None:
+        at_least = {
+            1: ("steps", "batch_size", "accumulation", "rank", "save_every", "keep_checkpoints", "max_skipped"),
+            0: ("warmup_steps", "width", "height", "frames", "sampler_steps", "guidance_scale", "weight_decay")
+            + ("judged_latents", "judged_frames", "seed", "sample_every", "sample_count"),
+        }
+        for low, names in at_least.items():
+            for name in names:
+                if not getattr(self, name) >= low:
+                    raise ValueError(f"{name} must be at least {low}, got {getattr(self, name)}")
+        for name in ("learning_rate", "epsilon", "max_grad_norm", "network_alpha"):
+            value = getattr(self, name)
+            if not (value > 0 and math.isfinite(value)):
+                raise ValueError(f"{name} must be above 0, got {value}")
+        for name in ("beta1", "beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name} must lie in 0..1 without 1, got {getattr(self, name)}")
+        for name, kind in (("lr_schedule", Schedule), ("save_dtype", SaveType)):
+            if getattr(self, name) not in get_args(kind):
+                raise ValueError(f"{name} must be one of {', '.join(get_args(kind))}, got {getattr(self, name)!r}")
+
+    def for_model(self, spec: ModelSpec) -> TrainConfig:
+        """The same settings with every "model's default" filled in, checked against the model.
+
+        Raises:
+            ValueError: A size, frame count or backprop step the model or its solver does not have.
+        """
+        filled = dataclasses.replace(
+            self,
+            lora_targets=self.lora_targets or spec.lora_targets,
+            width=self.width or spec.width,
+            height=self.height or spec.height,
+            frames=self.frames or spec.frames,
+            sampler_steps=self.sampler_steps or spec.steps,
+            guidance_scale=self.guidance_scale or spec.guidance_scale,
+        )
+        latent_frames = spec.latent_shape(filled.width, filled.height, filled.frames)[1]
+        if filled.judged_latents > latent_frames:
+            raise ValueError(
+                f"judged_latents must be at most {latent_frames} for {filled.frames} frames, "
+                f"got {filled.judged_latents}"
+            )
+        filled.backprop.check(filled.sampler_steps)
+        return filled
+
+    def lr_at(self, step: int) -> float:
+        """Learning rate of a step, counted from 0."""
+        if step < self.warmup_steps:
+            return self.learning_rate * (step + 1) / self.warmup_steps
+        progress = (step - self.warmup_steps) / max(1, self.steps - self.warmup_steps)
+        decay = {"constant": 1.0, "linear": 1 - progress, "cosine": (1 + math.cos(math.pi * progress)) / 2}
+        return self.learning_rate * decay[self.lr_schedule]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, nested like the dataclasses."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> TrainConfig:
+        """Inverse of :meth:`to_dict`; missing fields take their defaults.
+
+        Raises:
+            ValueError: An unknown field, or a value out of range.
+        """
+        return _build(cls, data)
+
+    def decisive(self) -> dict[str, Any]:
+        """The fields that decide what a run learns; two runs with equal ones make equal steps."""
+        decisive = {key: value for key, value in self.to_dict().items() if key not in FREE_TO_CHANGE}
+        if self.lr_schedule != "constant":
+            decisive["steps"] = self.steps
+        return decisive
+
+    def fingerprint(self) -> str:
+        """Eight hexadecimal digits over :meth:`decisive`."""
+        return hashlib.sha256(canonical_json(self.decisive()).encode()).hexdigest()[:8]
+
+
+def _build(cls: type, data: dict[str, Any]) -> Any:
+    known = {f.name: f for f in dataclasses.fields(cls)}
+    unknown = sorted(set(data) - set(known))
+    if unknown:
+        raise ValueError(f"unknown setting {unknown[0]!r}; known are {', '.join(known)}")
+    nested = {"backprop": BackpropSchedule, "objective": Objective}
+    values = {}
+    for name, value in data.items():
+        if name in nested and isinstance(value, dict):
+            value = _build(nested[name], value)
+        elif isinstance(value, list):
+            value = tuple(value)
+        elif isinstance(value, str) and known[name].type == "float":
+            value = float(value)  # YAML reads 1e-5 as text
+        values[name] = value
+    return cls(**values)

@@ -1,0 +1,208 @@
+"""Rollout, judge, replay: the exact reward gradient at the memory of one denoiser step.
+
+The rollout keeps only the latents that enter trained steps. The judge returns ``g = d loss / d x_final``.
+The replay walks back: a trained step is recomputed once with gradient, everything else is the solver's own
+linear map. DRaFT (arXiv 2309.17400), AlignProp (2310.03739), DRTune (2405.00760) and ReFL (2304.05977) are
+settings of the same walk; see :class:`.schedule.BackpropSchedule`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from ..reward_models.protocol import Reward
+from ..video_models.protocol import Conditioning, Tick, VideoModel
+from .schedule import Plan
+
+
+def silent(phase: str) -> None: ...
+
+
+def _branches(conditioning: Conditioning, guidance_scale: float) -> list[tuple[float, Mapping[str, Tensor]]]:
+    """Guidance branches with their weights in ``u + s * (c - u)``; one alone at scale 1."""
+    if conditioning.negative is None or guidance_scale == 1:
+        return [(1.0, conditioning.positive)]
+    return [(1 - guidance_scale, conditioning.negative), (guidance_scale, conditioning.positive)]
+
+
+@dataclass(frozen=True)
+class Walk:
+    """How to walk from noise to video: everything a rollout and its replay share.
+
+    Attributes:
+        model: The video model, with its LoRA injected.
+        conditioning: Of the whole batch.
+        guidance_scale: Weight of classifier-free guidance; 1 leaves the negative branch out.
+        batched_guidance: Both branches in one call (faster), or one after the other (half the memory).
+        tick: Called before every call of a large model.
+    """
+
+    model: VideoModel
+    conditioning: Conditioning
+    guidance_scale: float
+    batched_guidance: bool = True
+    tick: Tick = silent
+
+    def predictions(self, x: Tensor, sigma: Tensor) -> list[tuple[float, Callable[[], Tensor]]]:
+        """Weighted parts whose sum is the guided prediction; each computes when called."""
+        branches = _branches(self.conditioning, self.guidance_scale)
+        if not self.batched_guidance or len(branches) == 1:
+            return [(w, lambda b=b: self.model.predict(x, sigma, b)) for w, b in branches]
+
+        def both() -> Tensor:
+            joined = {key: torch.cat([b[key] for _, b in branches]) for key in branches[0][1]}
+            parts = self.model.predict(torch.cat([x] * len(branches)), sigma, joined).chunk(len(branches))
+            return sum(w * part for (w, _), part in zip(branches, parts, strict=True))
+
+        return [(1.0, both)]
+
+    def predict(self, x: Tensor, sigma: Tensor) -> Tensor:
+        """The guided prediction."""
+        return sum(w * part() for w, part in self.predictions(x, sigma))
+
+
+@torch.no_grad()
+def rollout(walk: Walk, x: Tensor, plan: Plan) -> tuple[Tensor, dict[int, Tensor]]:
+    """Sample as inference would.
+
+    Args:
+        walk: Model and conditioning.
+        x: ``[B, C, t, h, w]`` noise.
+        plan: Noise levels, and the steps to be trained.
+
+    Returns:
+        The final latents, and the latents that entered each trained step.
+    """
+    kept = {}
+    for i in range(len(plan.sigmas) - 1):
+        walk.tick("rollout")
+        if i in plan.trained:
+            kept[i] = x
+        sigma, sigma_next = plan.sigmas[i], plan.sigmas[i + 1]
+        x = walk.model.step(x, walk.predict(x, sigma), sigma, sigma_next)
+    return x, kept
+
+
+@dataclass(frozen=True)
+class Objective:
+    """From rewards to a loss.
+
+    Attributes:
+        target: Reward to aim at; None maximises without end.
+        loss_scale: Factor on every sample's loss.
+        hinge: With a target, stop pushing samples that have reached it (``relu(target - r)``);
+            otherwise ``|target - r|``, as VideoX-Fun has it, which pulls them back.
+    """
+
+    target: float | None = None
+    loss_scale: float = 1.0
+    hinge: bool = True
+
+    def __call__(self, rewards: Tensor) -> Tensor:
+        """Loss ``[B]`` of rewards ``[B]``."""
+        if self.target is None:
+            loss = -rewards
+        else:
+            gap = self.target - rewards
+            loss = gap.relu() if self.hinge else gap.abs()
+        return self.loss_scale * loss
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """What the judge said of a batch.
+
+    Attributes:
+        rewards: ``[B]``.
+        loss: Mean over the batch.
+        gradient: ``d loss / d x_final``, shaped like the latents.
+        frames: ``[B, 3, T, H, W]`` that were judged.
+    """
+
+    rewards: Tensor
+    loss: float
+    gradient: Tensor = field(repr=False)
+    frames: Tensor = field(repr=False)
+
+
+def pick_frames(frames: Tensor, count: int) -> Tensor:
+    """``count`` frames spread evenly over ``[B, C, T, H, W]``, first and last included; 0 takes all."""
+    total = frames.shape[2]
+    if count <= 0 or count >= total:
+        return frames
+    return frames[:, :, torch.linspace(0, total - 1, count).long().tolist()]
+
+
+def judge(
+    walk: Walk,
+    latents: Tensor,
+    reward: Reward,
+    prompts: Sequence[str],
+    objective: Objective,
+    *,
+    judged_latents: int = 1,
+    judged_frames: int = 0,
+) -> Judgement:
+    """Decode, score, and take the gradient back to the latents; VAE and reward graphs end here.
+
+    Args:
+        walk: Gives the model.
+        latents: Final latents ``[B, C, t, h, w]``.
+        reward: A differentiable reward.
+        prompts: One a sample.
+        objective: From rewards to a loss.
+        judged_latents: How many latent frames, from the first on, are decoded; 0 is all.
+        judged_frames: How many of the decoded frames the reward sees; 0 is all.
+    """
+    latents = latents.detach().requires_grad_()
+    with torch.enable_grad():
+        walk.tick("decode")
+        part = latents[:, :, :judged_latents] if judged_latents else latents
+        frames = pick_frames(walk.model.decode(part), judged_frames)
+        walk.tick("reward")
+        rewards = reward.score(frames, prompts)
+        if not rewards.requires_grad:
+            raise ValueError(
+                f"the reward {reward.name} passes no gradient to the frames, so it can score but not train"
+            )
+        loss = objective(rewards).mean()
+        (gradient,) = torch.autograd.grad(loss, latents)
+    return Judgement(rewards.detach(), float(loss.detach()), gradient, frames.detach())
+
+
+def _solver_vjp(model: VideoModel, like: Tensor, sigma: Tensor, sigma_next: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients of one solver step to its sample and to its prediction. The step is linear: zeros will do."""
+    x, prediction = (torch.zeros_like(like, requires_grad=True) for _ in range(2))
+    with torch.enable_grad():
+        return torch.autograd.grad(model.step(x, prediction, sigma, sigma_next), (x, prediction), g)
+
+
+def replay(walk: Walk, kept: Mapping[int, Tensor], plan: Plan, gradient: Tensor, coupling: float = 1.0) -> None:
+    """Add the gradient of the loss to every trainable parameter of the denoiser.
+
+    Args:
+        walk: The walk of the rollout.
+        kept: Latents that entered each trained step.
+        plan: The plan of the rollout.
+        gradient: ``d loss / d x_final``.
+        coupling: How much passes to earlier steps through the denoiser's input, 0..1.
+    """
+    first = plan.trained[0]
+    for i in range(len(plan.sigmas) - 2, first - 1, -1):
+        sigma, sigma_next = plan.sigmas[i], plan.sigmas[i + 1]
+        to_sample, to_prediction = _solver_vjp(walk.model, gradient, sigma, sigma_next, gradient)
+        gradient = to_sample
+        if i not in plan.trained:
+            continue
+        # Only a step with a trained one before it has anybody to pass a gradient to.
+        x = kept[i].detach().requires_grad_(coupling > 0 and i > first)
+        with torch.enable_grad():
+            for weight, part in walk.predictions(x, sigma):
+                walk.tick("replay")
+                torch.autograd.backward(part(), weight * to_prediction)
+        if x.grad is not None:
+            gradient = gradient + coupling * x.grad

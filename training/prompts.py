@@ -1,0 +1,89 @@
+"""Prompts: read from a file, encoded once, kept on disk so that the text encoder can leave."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from torch import Tensor
+
+from ..files import WeightFileError, read_safetensors, write_safetensors
+from ..video_models.protocol import Tick, VideoModel
+
+
+class PromptFileError(ValueError):
+    """A prompt file that cannot be used."""
+
+
+def read_prompts(path: Path | str) -> list[str]:
+    """Read ``.txt`` (one prompt a line) or ``.jsonl`` (objects with a ``prompt``), UTF-8; blank lines are skipped.
+
+    Raises:
+        PromptFileError: Missing, empty, not UTF-8, or a broken line.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise PromptFileError(f"{path}: there is no such prompt file")
+    try:
+        lines = path.read_bytes().decode("utf-8-sig").splitlines()
+    except UnicodeDecodeError as error:
+        line = path.read_bytes()[: error.start].count(b"\n") + 1
+        raise PromptFileError(f"{path.name} is not UTF-8 text (line {line}); save it again as UTF-8") from None
+    prompts = []
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        if path.suffix == ".jsonl":
+            try:
+                line = json.loads(line)["prompt"]
+            except (ValueError, KeyError, TypeError):
+                raise PromptFileError(
+                    f'{path.name}, line {number}: expected an object such as {{"prompt": "..."}}'
+                ) from None
+        prompts.append(str(line).strip())
+    if not prompts:
+        raise PromptFileError(f"{path.name} holds no prompt; write one a line")
+    return prompts
+
+
+class EmbeddingStore:
+    """Text embeddings by prompt, in memory and, if a folder is given, on disk by content hash.
+
+    Args:
+        model: Encodes what is not known yet.
+        folder: Where ``<hash>.safetensors`` files lie; None keeps them in memory alone.
+    """
+
+    def __init__(self, model: VideoModel, folder: Path | None = None) -> None:
+        self._model, self._folder = model, folder
+        self._known: dict[str, Tensor] = {}
+        self._fingerprint = model.text_fingerprint() if folder else ""
+
+    def _path(self, prompt: str) -> Path | None:
+        if self._folder is None:
+            return None
+        digest = hashlib.sha256(f"{self._fingerprint}\n{prompt}".encode()).hexdigest()
+        return self._folder / f"{digest[:32]}.safetensors"
+
+    def prepare(self, prompts: Sequence[str], tick: Tick) -> None:
+        """Make every prompt known, encoding those that are not, one by one."""
+        for prompt in dict.fromkeys(prompts):
+            if prompt in self._known:
+                continue
+            path = self._path(prompt)
+            if path is not None and path.exists():
+                try:
+                    self._known[prompt] = read_safetensors(path)[0]["embedding"]
+                    continue
+                except (WeightFileError, KeyError):
+                    pass  # a damaged cache entry is made again
+            tick("text")
+            embedding = self._model.encode_text([prompt])[0].cpu().contiguous()
+            self._known[prompt] = embedding
+            if path is not None:
+                write_safetensors(path, {"embedding": embedding}, {})
+
+    def __getitem__(self, prompt: str) -> Tensor:
+        return self._known[prompt]
