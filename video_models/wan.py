@@ -7,12 +7,15 @@ for how their files become diffusers'.
 from __future__ import annotations
 
 import hashlib
+import html
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 
 from .protocol import Conditioning, ModelSpec
 from .solvers import euler_step, flow_match_sigmas
@@ -21,8 +24,40 @@ from .wan_keys import original_module_name
 TEXT_TOKENS = 512
 """Text is zero-padded to this many tokens; diffusers counts on it to find the image tokens."""
 
+CLIP_TOKENS = 257
+"""Tokens of one image: 16x16 patches and the class token."""
+
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+
+
+def clean_prompt(prompt: str) -> str:
+    """Text as the publisher's tokenizer sees it: mended by ftfy where installed, HTML unescaped, single spaces."""
+    try:
+        import ftfy
+    except ImportError:
+        pass
+    else:
+        prompt = ftfy.fix_text(prompt)
+    return " ".join(html.unescape(html.unescape(prompt)).split())
+
+
+class _KeepFloat64(TorchFunctionMode):
+    """``tensor.float()`` leaves float64 as it is."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is Tensor.float and args[0].dtype == torch.float64:
+            return args[0]
+        return func(*args, **(kwargs or {}))
+
+
+def float64_throughout(dtype: torch.dtype) -> AbstractContextManager:
+    """A context for running a network: in float64, it keeps diffusers' Wan from casting to float32 inside.
+
+    The casts around its norms and upsampling are meant for 16 bits; proofs need float64 throughout. Blocks
+    must not be checkpointed then, for they are recomputed outside of this context.
+    """
+    return _KeepFloat64() if dtype == torch.float64 else nullcontext()
 
 
 class WanModel:
@@ -78,9 +113,10 @@ class WanModel:
         return self.transformer.patch_embedding.weight.dtype
 
     def lora_names(self, expert: str) -> dict[str, str]:
-        names = (name for name, module in self.denoisers[expert].named_modules() if isinstance(module, nn.Linear))
-        # Inside an injected adapter the linear layer is called base_layer; its wrapper has the real name.
-        return {name: original_module_name(name) for name in (n.removesuffix(".base_layer") for n in names)}
+        linear = (name for name, module in self.denoisers[expert].named_modules() if isinstance(module, nn.Linear))
+        # In an injected adapter the layer itself is called base_layer, and the adapter's own matrices lora_A, lora_B.
+        names = (name.removesuffix(".base_layer") for name in linear if ".lora_" not in name)
+        return {name: original_module_name(name) for name in names}
 
     def text_fingerprint(self) -> str:
         return hashlib.sha256(f"wan:{self._fingerprint}".encode()).hexdigest()[:16]
@@ -90,19 +126,11 @@ class WanModel:
         if self.text_encoder is None:
             raise RuntimeError(f"{self.spec.name} was loaded without its text encoder; load it with text=True")
         device = next(self.text_encoder.parameters()).device
-        tokens = self.tokenizer(
-            [" ".join(prompt.split()) for prompt in prompts],
-            padding="max_length",
-            max_length=TEXT_TOKENS,
-            truncation=True,
-            add_special_tokens=True,
-            return_tensors="pt",
-        )
         embeddings = []
-        for ids, mask in zip(tokens.input_ids, tokens.attention_mask, strict=True):
-            length = int(mask.sum())  # one by one: a prompt's embedding must not depend on its neighbours
-            ids, mask = ids[None, :length].to(device), mask[None, :length].to(device)
-            embeddings.append(self.text_encoder(ids, mask).last_hidden_state[0])
+        for prompt in prompts:  # one by one: a prompt's embedding must not depend on its neighbours
+            tokens = self.tokenizer(clean_prompt(prompt), truncation=True, max_length=TEXT_TOKENS).input_ids
+            ids = torch.tensor([tokens or [self.tokenizer.pad_token_id or 0]], device=device)
+            embeddings.append(self.text_encoder(ids, torch.ones_like(ids)).last_hidden_state[0])
         return embeddings
 
     def conditioning(
@@ -128,7 +156,10 @@ class WanModel:
     def _image_conditioning(
         self, batch: int, latent_shape: Sequence[int], start: Tensor | None, end: Tensor | None
     ) -> dict[str, Tensor]:
-        """Mask (4 channels, 1 = given) and masked latents (16), and CLIP's view of the start image."""
+        """Mask (4 channels, 1 = given) and masked latents, and CLIP's view of the start image.
+
+        As diffusers' ``WanImageToVideoPipeline.prepare_latents`` and VideoX-Fun's ``pipeline_wan_fun_inpaint.py``.
+        """
         config = self.transformer.config
         extra = config.in_channels - config.out_channels
         if extra == 0:
@@ -136,34 +167,47 @@ class WanModel:
                 raise ValueError(f"{self.spec.name} is a text-to-video model and takes no start or end image")
             return {}
         _, t, h, w = latent_shape
-        stride = self.spec.temporal_stride
+        size = (h * self.spec.spatial_stride, w * self.spec.spatial_stride)
+        start, end = (self._fit_image(name, v, batch, size) for name, v in (("start", start), ("end", end)))
         if start is None and end is None:
             masked = torch.zeros(batch, extra, t, h, w)
         else:
-            height, width = h * self.spec.spatial_stride, w * self.spec.spatial_stride
+            stride = self.spec.temporal_stride
             frames = (t - 1) * stride + 1
-            video = torch.zeros(1, 3, frames, height, width)  # -1..1, so an absent frame is mid-gray
+            given = [(image, index) for image, index in ((start, 0), (end, frames - 1)) if image is not None]
+            video = torch.zeros(max(len(image) for image, _ in given), 3, frames, *size)  # -1..1: absent is mid-gray
             mask = torch.zeros(1, 1, frames, h, w)
-            for image, index in ((start, 0), (end, frames - 1)):
-                if image is not None:
-                    image = F.interpolate(image.float().cpu(), (height, width), mode="bicubic", antialias=True)
-                    video = video.expand(max(image.shape[0], video.shape[0]), -1, -1, -1, -1).clone()
-                    video[:, :, index] = image.clamp(0, 1) * 2 - 1
-                    mask[:, :, index] = 1
+            for image, index in given:
+                video[:, :, index] = image * 2 - 1
+                mask[:, :, index] = 1
             # The first latent frame stands for one frame, so its mask is repeated to fill its channel group.
             mask = torch.cat([mask[:, :, :1].expand(-1, -1, stride, -1, -1), mask[:, :, 1:]], dim=2)
             mask = mask.view(1, t, stride, h, w).transpose(1, 2)
-            latents = self.encode(video)
-            masked = torch.cat([mask.expand(latents.shape[0], -1, -1, -1, -1), latents.cpu()], dim=1)
-            masked = masked.expand(batch, -1, -1, -1, -1)
-        shared = {"latents": masked.to(self.device, self.dtype)}
+            latents = self.encode(video.to(next(self.vae.parameters()).device)).cpu()
+            masked = torch.cat([mask.expand(len(latents), -1, -1, -1, -1), latents], dim=1)
+        shared = {"latents": masked.expand(batch, -1, -1, -1, -1).to(self.device, self.dtype)}
         if config.image_dim is not None:
-            image = torch.zeros(batch, 257, config.image_dim) if start is None else self._embed_image(start)
-            shared["image"] = image.expand(batch, -1, -1).to(self.device, self.dtype)
+            images = (
+                [start] if config.pos_embed_seq_len is None else [start, end]
+            )  # the first-last-frame model sees two
+            tokens = [torch.zeros(1, CLIP_TOKENS, config.image_dim) if v is None else self._embed(v) for v in images]
+            tokens = torch.cat([v.cpu().expand(batch, -1, -1) for v in tokens], dim=1)
+            shared["image"] = tokens.to(self.device, self.dtype)
         return shared
 
+    @staticmethod
+    def _fit_image(name: str, image: Tensor | None, batch: int, size: tuple[int, int]) -> Tensor | None:
+        if image is None:
+            return None
+        if image.ndim != 4 or image.shape[1] != 3 or image.shape[0] not in (1, batch):
+            raise ValueError(f"the {name} image must be [1 or {batch}, 3, H, W], got {list(image.shape)}")
+        image = image.detach().float().cpu()
+        if image.shape[-2:] != size:
+            image = F.interpolate(image, size, mode="bicubic", antialias=True)
+        return image.clamp(0, 1)
+
     @torch.no_grad()
-    def _embed_image(self, image: Tensor) -> Tensor:
+    def _embed(self, image: Tensor) -> Tensor:
         """CLIP ViT-H tokens of the last but one layer ``[B, 257, 1280]``; bicubic to 224, no crop, as published."""
         if self._image_encoder is None:
             raise RuntimeError(f"{self.spec.name} was loaded without its CLIP image encoder, which a start image needs")
@@ -188,14 +232,17 @@ class WanModel:
         inputs = x.to(self.dtype)
         if "latents" in branch:
             inputs = torch.cat([inputs, branch["latents"]], dim=1)
-        timestep = (sigma * 1000).to(x.device, torch.float32).expand(x.shape[0])
-        output = self.transformer(
-            hidden_states=inputs,
-            timestep=timestep,
-            encoder_hidden_states=branch["text"],
-            encoder_hidden_states_image=branch.get("image"),
-            return_dict=False,
-        )[0]
+        image = branch.get("image")
+        if image is not None:
+            image = image.reshape(-1, CLIP_TOKENS, image.shape[-1])  # two images of a sample stand in the batch
+        with float64_throughout(self.dtype):
+            output = self.transformer(
+                hidden_states=inputs,
+                timestep=(sigma * 1000).to(x.device, x.dtype).expand(x.shape[0]),
+                encoder_hidden_states=branch["text"],
+                encoder_hidden_states_image=image,
+                return_dict=False,
+            )[0]
         return output.to(x.dtype)
 
     def step(self, x: Tensor, prediction: Tensor, sigma: Tensor, sigma_next: Tensor) -> Tensor:
@@ -204,15 +251,18 @@ class WanModel:
     def decode(self, latents: Tensor) -> Tensor:
         parameter = next(self.vae.parameters())
         mean, std = (v.to(latents.device, latents.dtype) for v in (self._latents_mean, self._latents_std))
-        pixels = self.vae.decode((latents * std + mean).to(parameter.device, parameter.dtype), return_dict=False)[0]
+        with float64_throughout(parameter.dtype):
+            pixels = self.vae.decode((latents * std + mean).to(parameter.device, parameter.dtype), return_dict=False)[0]
         return (pixels.to(latents.dtype) / 2 + 0.5).clamp(0, 1)
 
     @torch.no_grad()
     def encode(self, frames: Tensor) -> Tensor:
-        """Normalised float32 latents (the distribution's mean) of ``[B, 3, T, H, W]`` in -1..1."""
+        """Normalised latents (the distribution's mean), at least float32, of ``[B, 3, T, H, W]`` in -1..1."""
         parameter = next(self.vae.parameters())
-        latents = self.vae.encode(frames.to(parameter.device, parameter.dtype)).latent_dist.mode().float()
-        mean, std = (v.to(latents.device) for v in (self._latents_mean, self._latents_std))
+        with float64_throughout(parameter.dtype):
+            latents = self.vae.encode(frames.to(parameter.device, parameter.dtype)).latent_dist.mode()
+        latents = latents.to(torch.promote_types(latents.dtype, torch.float32))
+        mean, std = (v.to(latents.device, latents.dtype) for v in (self._latents_mean, self._latents_std))
         return (latents - mean) / std
 
     def to(self, device: torch.device | str, *parts: str) -> None:

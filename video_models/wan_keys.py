@@ -6,7 +6,13 @@ VideoX-Fun's Fun models share.
 
 from __future__ import annotations
 
+import itertools
+import math
 import re
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
 
 # The publisher's name -> diffusers' name. A block's modules are named below their block.
 _TRANSFORMER = {
@@ -79,3 +85,269 @@ def original_module_name(name: str) -> str:
     ``blocks``, comes back as it is.
     """
     return _rename_transformer(name, _TRANSFORMER_BACK, _TRANSFORMER_BLOCK_BACK) or name
+
+
+# The image encoder and the text encoder: below their block or layer, then the rest.
+_UMT5_BLOCK = {
+    "norm1": "layer.0.layer_norm",
+    "attn": "layer.0.SelfAttention",
+    "pos_embedding.embedding": "layer.0.SelfAttention.relative_attention_bias",
+    "norm2": "layer.1.layer_norm",
+    "ffn.gate.0": "layer.1.DenseReluDense.wi_0",
+    "ffn.fc1": "layer.1.DenseReluDense.wi_1",
+    "ffn.fc2": "layer.1.DenseReluDense.wo",
+}
+_UMT5 = {"token_embedding": "shared", "norm": "encoder.final_layer_norm"}
+_CLIP_LAYER = {
+    "norm1": "layer_norm1",
+    "attn.proj": "self_attn.out_proj",
+    "norm2": "layer_norm2",
+    "mlp.0": "mlp.fc1",
+    "mlp.2": "mlp.fc2",
+}
+_CLIP = {
+    "patch_embedding": "embeddings.patch_embedding",
+    "pre_norm": "pre_layrnorm",  # transformers spells it so
+    "post_norm": "post_layernorm",
+}
+_VAE_LAYER = {
+    "residual.0": "norm1",
+    "residual.2": "conv1",
+    "residual.3": "norm2",
+    "residual.6": "conv2",
+    "shortcut": "conv_shortcut",
+}
+_VAE_HALF = {
+    "conv1": "conv_in",
+    "middle.0": "mid_block.resnets.0",
+    "middle.1": "mid_block.attentions.0",
+    "middle.2": "mid_block.resnets.1",
+    "head.0": "norm_out",
+    "head.2": "conv_out",
+}
+_VAE = {"conv1": "quant_conv", "conv2": "post_quant_conv"}
+_NUMBERED = re.compile(r"(.+?\.)(\d+)\.(.+)")
+
+
+def convert_transformer(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The publisher's ``WanModel`` tensors under the names of diffusers' ``WanTransformer3DModel``.
+
+    Names without a counterpart stay, so that loading can report them.
+    """
+    tensors = _strip_prefix(tensors, "model.")
+    return {
+        _rename_transformer(name, _TRANSFORMER, _TRANSFORMER_BLOCK) or name: tensor for name, tensor in tensors.items()
+    }
+
+
+def transformer_config(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments of diffusers' ``WanTransformer3DModel`` for the publisher's tensors.
+
+    Args:
+        tensors: In the publisher's names; every size is read from their shapes.
+        config: The publisher's ``config.json``, whose sizes must agree; it adds ``num_heads`` (else heads of
+            128 channels) and ``eps``.
+
+    Raises:
+        ValueError: The tensors are no Wan2.1 transformer we know, or ``config`` contradicts them.
+    """
+    tensors = _strip_prefix(tensors, "model.")
+    needed = ("patch_embedding", "time_embedding.0", "text_embedding.0", "head.head", "blocks.0.ffn.0")
+    lacking = [name for name in needed if f"{name}.weight" not in tensors]
+    if lacking:
+        raise ValueError(f"no Wan transformer: {lacking[0]}.weight is missing")
+    dim, in_dim, *patch = tensors["patch_embedding.weight"].shape
+    found = {
+        "dim": dim,
+        "in_dim": in_dim,
+        "ffn_dim": tensors["blocks.0.ffn.0.weight"].shape[0],
+        "freq_dim": tensors["time_embedding.0.weight"].shape[1],
+        "text_dim": tensors["text_embedding.0.weight"].shape[1],
+        "out_dim": tensors["head.head.weight"].shape[0] // math.prod(patch),
+        "num_layers": len({name.split(".")[1] for name in tensors if name.startswith("blocks.")}),
+    }
+    for key, value in found.items():
+        if config.get(key, value) != value:
+            raise ValueError(
+                f"config.json says {key} is {config[key]}, the weights say {value}; they do not belong together"
+            )
+    if in_dim - found["out_dim"] not in (0, 20):
+        raise ValueError(
+            f"it takes {in_dim} input channels; supported are text-to-video (in = out, here {found['out_dim']}) "
+            "and image-to-video or InP (20 more), not the control variants"
+        )
+    heads = config.get("num_heads", dim // 128)
+    image = tensors.get("img_emb.proj.0.weight")
+    position = tensors.get("img_emb.emb_pos")
+    return {
+        "patch_size": tuple(patch),
+        "num_attention_heads": heads,
+        "attention_head_dim": dim // heads,
+        "in_channels": in_dim,
+        "out_channels": found["out_dim"],
+        "text_dim": found["text_dim"],
+        "freq_dim": found["freq_dim"],
+        "ffn_dim": found["ffn_dim"],
+        "num_layers": found["num_layers"],
+        "cross_attn_norm": "blocks.0.norm3.weight" in tensors,
+        "eps": config.get("eps", 1e-6),
+        "image_dim": None if image is None else image.shape[0],
+        "added_kv_proj_dim": dim if "blocks.0.cross_attn.k_img.weight" in tensors else None,
+        "pos_embed_seq_len": None if position is None else position.shape[1],
+    }
+
+
+def convert_vae(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The publisher's ``WanVAE_`` tensors (with or without ``model.``) as ``AutoencoderKLWan``'s.
+
+    The publisher numbers the decoder's blocks in one row; diffusers groups them by level: the residual
+    blocks, one more than in the encoder, then an upsampler except after the last level.
+    """
+    tensors = _strip_prefix(tensors, "model.")
+    per_level = vae_config(tensors)["num_res_blocks"] + 2
+    converted = {}
+    for name, tensor in tensors.items():
+        half, _, rest = name.partition(".")
+        if half not in ("encoder", "decoder"):
+            converted[_rename(name, _VAE) or name] = tensor
+            continue
+        match = _NUMBERED.fullmatch(rest)
+        if match and match[1] == "downsamples.":
+            new = f"down_blocks.{match[2]}.{_rename(match[3], _VAE_LAYER) or match[3]}"
+        elif match and match[1] == "upsamples.":
+            level, place = divmod(int(match[2]), per_level)
+            block = f"resnets.{place}" if place < per_level - 1 else "upsamplers.0"
+            new = f"up_blocks.{level}.{block}.{_rename(match[3], _VAE_LAYER) or match[3]}"
+        elif match and match[1] == "middle.":
+            block, inner = _VAE_HALF[f"middle.{match[2]}"], _rename(match[3], _VAE_LAYER) or match[3]
+            new = f"{block}.{inner}"
+        else:
+            new = _rename(rest, _VAE_HALF) or rest
+        converted[f"{half}.{new}"] = tensor
+    return converted
+
+
+def vae_config(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Arguments of ``AutoencoderKLWan``, read from the publisher's tensors.
+
+    Raises:
+        ValueError: The tensors are no Wan2.1 VAE.
+    """
+    tensors = _strip_prefix(tensors, "model.")
+    lacking = [name for name in ("encoder.conv1.weight", "conv2.weight") if name not in tensors]
+    if lacking:
+        raise ValueError(f"no Wan VAE: {lacking[0]} is missing")
+    dim = tensors["encoder.conv1.weight"].shape[0]
+    widths: list[list[int]] = [[]]  # output channels of each level's residual blocks
+    temporal = []
+    for index in itertools.count():
+        layer = f"encoder.downsamples.{index}."
+        if f"{layer}residual.6.weight" in tensors:
+            widths[-1].append(tensors[f"{layer}residual.6.weight"].shape[0])
+        elif f"{layer}resample.1.weight" in tensors:
+            temporal.append(f"{layer}time_conv.weight" in tensors)
+            widths.append([])
+        else:
+            break
+    counts = {len(level) for level in widths}
+    if len(counts) != 1 or 0 in counts:
+        raise ValueError("no Wan2.1 VAE: its encoder's levels differ in their number of residual blocks")
+    return {
+        "base_dim": dim,
+        "z_dim": tensors["conv2.weight"].shape[0],
+        "dim_mult": [level[-1] // dim for level in widths],
+        "num_res_blocks": counts.pop(),
+        "temperal_downsample": temporal,
+        "scale_factor_temporal": 2 ** sum(temporal),
+        "scale_factor_spatial": 2 ** len(temporal),
+    }
+
+
+def convert_umt5(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The publisher's UMT5 encoder as transformers' ``UMT5EncoderModel``."""
+    converted = {}
+    for name, tensor in tensors.items():
+        match = _NUMBERED.fullmatch(name)
+        if match and match[1] == "blocks.":
+            converted[f"encoder.block.{match[2]}.{_rename(match[3], _UMT5_BLOCK) or match[3]}"] = tensor
+        else:
+            converted[_rename(name, _UMT5) or name] = tensor
+    return converted
+
+
+def umt5_config(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Arguments of ``UMT5Config``, read from the publisher's tensors.
+
+    Raises:
+        ValueError: The tensors are no UMT5 encoder.
+    """
+    names = ("token_embedding", "blocks.0.pos_embedding.embedding", "blocks.0.attn.q", "blocks.0.ffn.fc1")
+    lacking = [name for name in names if f"{name}.weight" not in tensors]
+    if lacking:
+        raise ValueError(f"no UMT5 encoder: {lacking[0]}.weight is missing")
+    embedding, position, query, ffn = (tensors[f"{name}.weight"].shape for name in names)
+    return {
+        "vocab_size": embedding[0],
+        "d_model": embedding[1],
+        "d_kv": query[0] // position[1],
+        "d_ff": ffn[0],
+        "num_layers": len({name.split(".")[1] for name in tensors if name.startswith("blocks.")}),
+        "num_heads": position[1],
+        "relative_attention_num_buckets": position[0],
+        "feed_forward_proj": "gated-gelu",
+    }
+
+
+def convert_clip(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The visual half of the publisher's XLM-RoBERTa CLIP as transformers' ``CLIPVisionModel``; the text half goes."""
+    tensors = _strip_prefix(tensors, "model.")
+    converted = {}
+    for name, tensor in tensors.items():
+        half, _, rest = name.partition(".")
+        if half != "visual" or rest == "head":
+            continue
+        match = _NUMBERED.fullmatch(rest)
+        if rest == "cls_embedding":
+            converted["embeddings.class_embedding"] = tensor.flatten()
+        elif rest == "pos_embedding":
+            converted["embeddings.position_embedding.weight"] = tensor[0]
+        elif match and match[1] == "transformer.":
+            layer = f"encoder.layers.{match[2]}."
+            if match[3].startswith("attn.to_qkv."):
+                kind = match[3].rpartition(".")[2]
+                for part, chunk in zip("qkv", tensor.chunk(3), strict=True):
+                    converted[f"{layer}self_attn.{part}_proj.{kind}"] = chunk
+            else:
+                converted[layer + (_rename(match[3], _CLIP_LAYER) or match[3])] = tensor
+        else:
+            converted[_rename(rest, _CLIP) or rest] = tensor
+    return converted
+
+
+def clip_config(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Arguments of ``CLIPVisionConfig``, read from the publisher's tensors; heads have 80 channels as in ViT-H.
+
+    Raises:
+        ValueError: The tensors are no such CLIP.
+    """
+    tensors = _strip_prefix(tensors, "model.")
+    names = ("patch_embedding.weight", "pos_embedding", "transformer.0.mlp.0.weight")
+    lacking = [name for name in names if f"visual.{name}" not in tensors]
+    if lacking:
+        raise ValueError(f"no CLIP image encoder: visual.{lacking[0]} is missing")
+    patch, position, mlp = (tensors[f"visual.{name}"].shape for name in names)
+    return {
+        "hidden_size": patch[0],
+        "intermediate_size": mlp[0],
+        "num_hidden_layers": len({n.split(".")[2] for n in tensors if n.startswith("visual.transformer.")}),
+        "num_attention_heads": patch[0] // 80,
+        "image_size": math.isqrt(position[1] - 1) * patch[2],
+        "patch_size": patch[2],
+        "hidden_act": "gelu",
+    }
+
+
+def _strip_prefix(tensors: Mapping[str, Tensor], prefix: str) -> Mapping[str, Tensor]:
+    if not all(name.startswith(prefix) for name in tensors):
+        return tensors
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}

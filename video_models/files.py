@@ -1,0 +1,240 @@
+"""Reading weight files: memory-mapped, checked before use, never executing what they contain."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import pickle
+from collections.abc import Collection, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+class ModelFileError(ValueError):
+    """A model's file is missing, damaged, refused, or belongs to another model. The message is one sentence."""
+
+
+def parse_dtype(name: str) -> torch.dtype | None:
+    """The dtype called ``float32``, ``bfloat16`` or ``float16``; None for ``auto``.
+
+    Raises:
+        ValueError: For any other name.
+    """
+    if name != "auto" and name not in DTYPES:
+        raise ValueError(f"dtype must be one of auto, {', '.join(DTYPES)}, got {name!r}")
+    return DTYPES.get(name)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in a file, or :class:`ModelFileError`."""
+    try:
+        content = json.loads(_existing(path).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ModelFileError(f"{path} is not valid JSON ({error}); download it again") from None
+    except OSError as error:
+        raise _unreadable(path, error) from None
+    if not isinstance(content, dict):
+        raise ModelFileError(f"{path} must hold a JSON object, got {type(content).__name__}; download it again")
+    return content
+
+
+def find_weights(folder: Path, stem: str) -> Path | None:
+    """The weights called ``stem`` in a folder: a sharded index, safetensors or ``.pth``, in this order."""
+    for suffix in (".safetensors.index.json", ".safetensors", ".pth"):
+        path = folder / (stem + suffix)
+        if path.exists():
+            return path
+    return None
+
+
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """Tensors of one file by name, mapped from disk: memory is used when a tensor is.
+
+    Args:
+        path: A ``.safetensors`` file, a ``.safetensors.index.json`` naming its shards, or a ``.pth`` that
+            holds nothing but tensors.
+
+    Raises:
+        ModelFileError: The file is missing, truncated, not what its name says, or would run code.
+    """
+    if path.name.endswith(".index.json"):
+        shards = read_json(path).get("weight_map")
+        if not isinstance(shards, dict) or not all(_is_file_name(name) for name in shards.values()):
+            raise ModelFileError(f"{path} has no weight_map of file names in its own folder; download it again")
+        tensors: dict[str, Tensor] = {}
+        for shard in sorted(set(shards.values())):
+            tensors.update(_read_safetensors(path.parent / shard))
+        return tensors
+    return _read_safetensors(path) if path.suffix == ".safetensors" else _read_pickle(path)
+
+
+def load_weights(
+    module: nn.Module,
+    tensors: Mapping[str, Tensor],
+    source: Path,
+    *,
+    dtype: torch.dtype,
+    device: torch.device | str = "cpu",
+    keep_float32: Collection[str] = (),
+) -> None:
+    """Put tensors into a module that was built on the meta device, each converted once and never copied twice.
+
+    Args:
+        module: Parameters and persistent buffers on the meta device; the others must be real already.
+        tensors: One for every name of ``module.state_dict()``, of the same shape.
+        source: Where they come from, for messages.
+        dtype, device: What floating-point tensors become.
+        keep_float32: Parts of dotted names whose tensors stay float32 when ``dtype`` has 16 bits.
+
+    Raises:
+        ModelFileError: A name is missing or unexpected, or a shape differs.
+    """
+    expected = module.state_dict()
+    missing, unexpected = sorted(expected.keys() - tensors.keys()), sorted(tensors.keys() - expected.keys())
+    kind = type(module).__name__
+    if missing or unexpected:
+        problems = [
+            f"{word} {_first_few(names)}" for word, names in (("lacks", missing), ("has unknown", unexpected)) if names
+        ]
+        if len(missing) > len(expected) // 2:
+            reason = "it is probably another kind of model"
+        elif unexpected:
+            reason = "it is probably another variant of the model, or its config is another model's"
+        else:
+            reason = "it is probably an incomplete download, or its config is another model's"
+        raise ModelFileError(f"{source} does not fit {kind}: it {' and '.join(problems)}; {reason}")
+    wrong = [name for name in expected if tensors[name].shape != expected[name].shape]
+    if wrong:
+        name = wrong[0]
+        raise ModelFileError(
+            f"{source} does not fit {kind}: {len(wrong)} shapes differ, for example {name} is "
+            f"{list(tensors[name].shape)} where the config says {list(expected[name].shape)}; "
+            "the config and the weights belong to different models"
+        )
+    narrow = dtype in (torch.float16, torch.bfloat16)
+    state = {}
+    for name, tensor in tensors.items():
+        kept = narrow and not set(keep_float32).isdisjoint(name.split("."))
+        state[name] = tensor.to(device, torch.float32 if kept else dtype) if tensor.is_floating_point() else tensor
+    module.load_state_dict(state, assign=True)
+    unset = [n for n, t in (*module.named_parameters(), *module.named_buffers()) if t.is_meta]
+    if unset:
+        raise ModelFileError(f"{source} leaves {_first_few(unset)} of {kind} without a value")
+
+
+def parameter_count(tensors: Mapping[str, Tensor]) -> int:
+    """Number of values in all tensors."""
+    return sum(tensor.numel() for tensor in tensors.values())
+
+
+def fingerprint(paths: Iterable[Path]) -> str:
+    """A short hash of files' names, sizes, first and last 64 KiB: cheap, and different for different weights."""
+    digest, chunk = hashlib.sha256(), 1 << 16
+    for path in sorted(paths):
+        size = _existing(path).stat().st_size
+        digest.update(f"{path.name}:{size};".encode())
+        with path.open("rb") as file:
+            digest.update(file.read(chunk))
+            file.seek(max(0, size - chunk))
+            digest.update(file.read(chunk))
+    return digest.hexdigest()[:16]
+
+
+def _existing(path: Path) -> Path:
+    if not path.is_file():
+        raise ModelFileError(f"{path} is missing; download the model again or correct the path")
+    return path
+
+
+def _unreadable(path: Path, error: OSError) -> ModelFileError:
+    return ModelFileError(f"{path} cannot be read ({error.strerror or error}); check its permissions and the disk")
+
+
+def _is_file_name(name: Any) -> bool:
+    return isinstance(name, str) and name.endswith(".safetensors") and Path(name).name == name
+
+
+def _first_few(names: Collection[str]) -> str:
+    listed = ", ".join(list(names)[:3])
+    return listed if len(names) <= 3 else f"{listed} and {len(names) - 3} more"
+
+
+def _check_safetensors(path: Path) -> None:
+    """Raise unless the header is sound and every tensor it announces lies inside the file."""
+    size = _existing(path).stat().st_size
+    with path.open("rb") as file:
+        start = file.read(9)
+        if start[:1] == b"\x80" or start[:2] == b"PK":
+            raise ModelFileError(
+                f"{path} is a pickle, not safetensors, and a pickle can run code, so it is not opened; "
+                "get the safetensors file from the publisher"
+            )
+        length = int.from_bytes(start[:8], "little")
+        if len(start) < 9 or start[8:] != b"{" or length > 100 << 20:
+            raise ModelFileError(f"{path} is not a safetensors file ({size} bytes); download it again")
+        file.seek(8)
+        header = file.read(length)
+    try:
+        entries = json.loads(header)
+        end = max((entry["data_offsets"][1] for name, entry in entries.items() if name != "__metadata__"), default=0)
+    except (ValueError, TypeError, KeyError, IndexError):
+        if len(header) == length:
+            raise ModelFileError(f"{path} has a damaged header; download it again") from None
+        end = 0
+    if size < 8 + length + end:
+        needed = f"of {8 + length + end} " if end else ""
+        raise ModelFileError(f"{path} is truncated ({size} {needed}bytes are there); download it again")
+
+
+def _read_safetensors(path: Path) -> dict[str, Tensor]:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        _check_safetensors(path)
+        with safe_open(path, framework="pt", device="cpu") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
+    except SafetensorError as error:
+        raise ModelFileError(f"{path} is damaged ({error}); download it again") from None
+    except OSError as error:
+        raise _unreadable(path, error) from None
+    return _checked(path, tensors)
+
+
+def _read_pickle(path: Path) -> dict[str, Tensor]:
+    try:
+        with _existing(path).open("rb") as file:
+            zipped = file.read(2) == b"PK"  # only torch's zip format can be mapped
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
+    except pickle.UnpicklingError:
+        raise ModelFileError(
+            f"{path} holds more than tensors and could run code, so it is not loaded; "
+            "get the publisher's original file or a safetensors version"
+        ) from None
+    except OSError as error:
+        raise _unreadable(path, error) from None
+    except (RuntimeError, EOFError, ValueError) as error:
+        if isinstance(error, ModelFileError):
+            raise
+        raise ModelFileError(f"{path} is damaged or not a PyTorch file; download it again") from None
+    if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
+        content = content["state_dict"]
+    if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
+        raise ModelFileError(f"{path} does not hold one tensor a name; it is not a file of weights")
+    return _checked(path, content)
+
+
+def _checked(path: Path, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    if not tensors:
+        raise ModelFileError(f"{path} holds no tensors; download it again")
+    small = [name for name, tensor in tensors.items() if tensor.is_floating_point() and tensor.element_size() < 2]
+    if small:
+        raise ModelFileError(
+            f"{path} is quantised ({small[0]} is {str(tensors[small[0]].dtype).removeprefix('torch.')}); "
+            "load the publisher's 16- or 32-bit file"
+        )
+    return tensors
