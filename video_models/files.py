@@ -206,20 +206,19 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
 
 
 def _read_pickle(path: Path) -> dict[str, Tensor]:
+    _existing(path)
     try:
-        with _existing(path).open("rb") as file:
+        with path.open("rb") as file:
             zipped = file.read(2) == b"PK"  # only torch's zip format can be mapped
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
     except pickle.UnpicklingError:
         raise ModelFileError(
-            f"{path} holds more than tensors and could run code, so it is not loaded; "
+            f"{path} holds more than tensors and could run code, or is damaged, so it is not loaded; "
             "get the publisher's original file or a safetensors version"
         ) from None
     except OSError as error:
         raise _unreadable(path, error) from None
-    except (RuntimeError, EOFError, ValueError) as error:
-        if isinstance(error, ModelFileError):
-            raise
+    except Exception:  # garbage makes torch's parser raise almost anything
         raise ModelFileError(f"{path} is damaged or not a PyTorch file; download it again") from None
     if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
         content = content["state_dict"]

@@ -1,0 +1,214 @@
+"""Reading weight files and finding models: what is right loads without a copy, what is wrong is said in a sentence."""
+
+import json
+import pickle
+import subprocess
+import sys
+import zipfile
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from reward_lora.video_models import BASE_MODELS, ModelFileError, load_video_model
+from reward_lora.video_models.files import fingerprint, load_weights, parse_dtype, read_json, read_weights
+
+TENSORS = {"linear.weight": torch.arange(6.0).view(2, 3), "linear.bias": torch.ones(2)}
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(3, 2)
+
+
+def meta_net():
+    with torch.device("meta"):
+        return Net()
+
+
+class Trap:
+    """Creates a file if unpickled."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (str(self.path), "w")
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "model.pth"])
+def test_weights_come_back_as_they_were_saved(tmp_path, name):
+    path = tmp_path / name
+    (save_file if path.suffix == ".safetensors" else torch.save)(TENSORS, path)
+    net = meta_net()
+    load_weights(net, read_weights(path), path, dtype=torch.float32)
+    for key, tensor in net.state_dict().items():
+        assert torch.equal(tensor, TENSORS[key])
+
+
+def test_shards_are_joined_by_their_index(tmp_path):
+    for number, name in enumerate(TENSORS):
+        save_file({name: TENSORS[name]}, tmp_path / f"part{number}.safetensors")
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {name: f"part{n}.safetensors" for n, name in enumerate(TENSORS)}}))
+    assert read_weights(index).keys() == TENSORS.keys()
+    (tmp_path / "part1.safetensors").unlink()
+    with pytest.raises(ModelFileError, match="part1.safetensors is missing"):
+        read_weights(index)
+
+
+def test_an_index_cannot_lead_out_of_its_folder(tmp_path):
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"a": "../secret.safetensors"}}))
+    with pytest.raises(ModelFileError, match="its own folder"):
+        read_weights(index)
+
+
+def test_weights_of_the_wished_dtype_stay_on_disk_until_used(tmp_path):
+    path = tmp_path / "model.safetensors"
+    save_file({"a": torch.ones(4, 4), "b": torch.zeros(8)}, path)
+    tensors = read_weights(path)
+    assert tensors["b"].data_ptr() - tensors["a"].data_ptr() == 4 * 4 * 4  # neighbours in one map of the file
+    with torch.device("meta"):
+        net = nn.ParameterDict({"a": torch.empty(4, 4), "b": torch.empty(8)})
+    load_weights(net, tensors, path, dtype=torch.float32)
+    assert net["a"].data_ptr() == tensors["a"].data_ptr()
+
+
+def test_16_bits_keep_the_named_parts_in_float32(tmp_path):
+    net = meta_net()
+    load_weights(net, TENSORS, tmp_path, dtype=torch.bfloat16, keep_float32=("bias",))
+    assert (net.linear.weight.dtype, net.linear.bias.dtype) == (torch.bfloat16, torch.float32)
+
+
+def test_a_pickle_called_safetensors_is_refused_and_runs_nothing(tmp_path):
+    path, trace = tmp_path / "model.safetensors", tmp_path / "executed"
+    path.write_bytes(pickle.dumps(Trap(trace)))
+    with pytest.raises(ModelFileError, match="is a pickle"):
+        read_weights(path)
+    torch.save({"a": Trap(trace)}, path)
+    with pytest.raises(ModelFileError, match="is a pickle"):
+        read_weights(path)
+    assert not trace.exists()
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_a_pth_with_code_is_refused_and_runs_nothing(tmp_path, zipped):
+    path, trace = tmp_path / "model.pth", tmp_path / "executed"
+    torch.save({"a": Trap(trace)}, path, _use_new_zipfile_serialization=zipped)
+    with pytest.raises(ModelFileError, match="could run code"):
+        read_weights(path)
+    assert not trace.exists()
+
+
+def bad_files(folder):
+    whole = folder / "whole.safetensors"
+    save_file(TENSORS, whole)
+    content = whole.read_bytes()
+    size = int.from_bytes(content[:8], "little")
+    with zipfile.ZipFile(folder / "zip.pth", "w") as archive:
+        archive.writestr("a", "b")
+    torch.save([1, 2], folder / "list.pth")
+    files = {
+        "cut.safetensors": (content[:-4], "truncated"),
+        "cut_header.safetensors": (content[: 8 + size // 2], "truncated"),
+        "tiny.safetensors": (b"\x08", "not a safetensors file"),
+        "empty.safetensors": (b"", "not a safetensors file"),
+        "html.safetensors": (b"<!DOCTYPE html><html>not found</html>", "not a safetensors file"),
+        "header.safetensors": (content[:8] + b"{" + b"x" * (size - 1) + content[8 + size :], "damaged header"),
+        "text.pth": (b"hello", "could run code|damaged"),
+        "empty.pth": (b"", "damaged"),
+    }
+    for name, (data, _) in files.items():
+        (folder / name).write_bytes(data)
+    messages = {name: message for name, (_, message) in files.items()}
+    return messages | {"absent.pth": "is missing", "zip.pth": "damaged", "list.pth": "one tensor a name"}
+
+
+def test_every_bad_file_gives_one_sentence_that_names_it(tmp_path):
+    for name, message in bad_files(tmp_path).items():
+        with pytest.raises(ModelFileError, match=message) as caught:
+            read_weights(tmp_path / name)
+        assert name in str(caught.value)
+        assert "\n" not in str(caught.value)
+        assert caught.value.__cause__ is None
+
+
+def test_quantised_weights_are_refused(tmp_path):
+    path = tmp_path / "model.safetensors"
+    save_file({"a": torch.zeros(2, dtype=torch.float8_e4m3fn)}, path)
+    with pytest.raises(ModelFileError, match="quantised"):
+        read_weights(path)
+
+
+def test_weights_of_another_model_are_named(tmp_path):
+    def load(**changes):
+        tensors = {name: value for name, value in (TENSORS | changes).items() if value is not None}
+        load_weights(meta_net(), tensors, tmp_path / "x.safetensors", dtype=torch.float32)
+
+    with pytest.raises(ModelFileError, match=r"lacks linear\.bias; it is probably an incomplete download"):
+        load(**{"linear.bias": None})
+    with pytest.raises(ModelFileError, match=r"has unknown extra; it is probably another variant"):
+        load(extra=torch.ones(1))
+    with pytest.raises(ModelFileError, match="another kind of model"):
+        load_weights(meta_net(), {"a": torch.ones(1)}, tmp_path, dtype=torch.float32)
+    with pytest.raises(ModelFileError, match=r"linear\.bias is \[3\] where the config says \[2\]"):
+        load(**{"linear.bias": torch.ones(3)})
+
+
+def test_json_errors_are_sentences(tmp_path):
+    path = tmp_path / "config.json"
+    path.write_text("{")
+    with pytest.raises(ModelFileError, match="not valid JSON"):
+        read_json(path)
+    path.write_text("[]")
+    with pytest.raises(ModelFileError, match="got list"):
+        read_json(path)
+
+
+def test_dtype_names():
+    assert parse_dtype("bfloat16") is torch.bfloat16
+    assert parse_dtype("auto") is None
+    with pytest.raises(ValueError, match="got 'int8'"):
+        parse_dtype("int8")
+
+
+def test_a_fingerprint_changes_with_the_file(tmp_path):
+    path = tmp_path / "a"
+    path.write_bytes(bytes(200_000))
+    before = fingerprint([path])
+    assert fingerprint([path]) == before
+    path.write_bytes(bytes(199_999) + b"\x01")
+    assert fingerprint([path]) != before
+
+
+def test_an_unknown_folder_says_what_was_looked_for(tmp_path):
+    with pytest.raises(ModelFileError, match="looked for model_index.json"):
+        load_video_model(tmp_path)
+
+
+def test_a_name_of_nothing_lists_what_is_known(tmp_path):
+    with pytest.raises(ModelFileError, match="there is no folder nowhere; .*builtin.*Wan2.1-Fun-1.3B-InP"):
+        load_video_model("nowhere")
+    file = tmp_path / "model.safetensors"
+    file.touch()
+    with pytest.raises(ModelFileError, match="is a file; give the folder"):
+        load_video_model(file)
+
+
+@pytest.mark.parametrize("name", ["Wan2.1-Fun-1.3B-InP", "alibaba-pai/Wan2.1-Fun-1.3B-InP"])
+def test_a_known_model_that_is_absent_says_where_to_put_it(tmp_path, name):
+    with pytest.raises(ModelFileError, match="alibaba-pai/Wan2.1-Fun-1.3B-InP") as caught:
+        load_video_model(name, search=[tmp_path])
+    assert str(tmp_path / "Wan2.1-Fun-1.3B-InP") in str(caught.value)
+    assert all(repository.endswith(f"/{key}") for key, repository in BASE_MODELS.items())
+
+
+def test_importing_the_registry_loads_no_heavy_library():
+    code = (
+        "import sys, reward_lora.video_models as registry; registry.load_video_model;"
+        "sys.exit(any(name in sys.modules for name in ('diffusers', 'transformers', 'peft', 'safetensors')))"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
