@@ -27,9 +27,15 @@ class Line:
     def failed(self) -> bool:
         return self.error is not None and not self.error <= self.tolerance  # NaN fails
 
+    def strain(self) -> float:
+        """How near the error comes to its tolerance: above 1 is a failure."""
+        if self.failed:
+            return float("inf")
+        return self.error / self.tolerance if self.error else 0.0
+
     def __str__(self) -> str:
-        head = f"{self.name:44} {self.kind:12}"
+        head = f"{self.name:36} {self.kind:12}"
         if self.error is None:
             return f"{head} skipped: {self.note}"
-        verdict = "FAIL" if self.failed else "ok"
-        return f"{head} {self.error:9.2e} (<= {self.tolerance:.0e}) {verdict}" + (f"  {self.note}" if self.note else "")
+        note = f"  {self.note}" if self.note else ""
+        return f"{head} {self.error:9.2e} {self.tolerance:7.0e}  {'FAIL' if self.failed else 'ok'}{note}"

@@ -179,7 +179,8 @@ class Trainer:
                     if progress.skipped_in_a_row >= c.max_skipped:
                         raise TrainingStopped(
                             f"stopped at step {progress.step}: {progress.skipped_in_a_row} steps in a row "
-                            f"were skipped, the last because {event.skipped}; lower the learning rate or check the reward"
+                            f"were skipped, the last because {event.skipped}; "
+                            "lower the learning rate or check the reward"
                         )
             finally:
                 if saved_at != progress.step:
