@@ -8,11 +8,10 @@ import zipfile
 
 import pytest
 import torch
-from safetensors.torch import save_file
-from torch import nn
-
 from reward_lora.video_models import BASE_MODELS, ModelFileError, load_video_model
 from reward_lora.video_models.files import fingerprint, load_weights, parse_dtype, read_json, read_weights
+from safetensors.torch import save_file
+from torch import nn
 
 TENSORS = {"linear.weight": torch.arange(6.0).view(2, 3), "linear.bias": torch.ones(2)}
 

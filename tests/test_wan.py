@@ -1,0 +1,577 @@
+"""Wan against its publisher's numbers (``tests/fixtures``) and against diffusers, and loading from either layout."""
+
+import json
+import math
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from reward_lora.video_models import ModelFileError, load_video_model, wan_keys
+from reward_lora.video_models.protocol import VideoModel
+from reward_lora.video_models.wan import WanModel, clean_prompt
+from reward_lora.video_models.wan_files import _build, _build_transformer, _build_umt5, _build_vae, _spec
+from safetensors.torch import load_file, save_file
+from torch.nn import functional as F
+
+FIXTURES = Path(__file__).parent / "fixtures"
+WORDS = ["a", "red", "blue", "circle", "square", "moves", "left", "right", "on", "the"]
+NAMES = {"vae": "Wan2.1_VAE", "text": "models_t5_umt5-xxl-enc-bf16"}
+NAMES["image"] = "models_clip_open-clip-xlm-roberta-large-vit-huge-14"
+
+
+def fixture(name):
+    """Tensors of one fixture by file stem, float32, and its meta.json."""
+    folder = FIXTURES / name
+    files = {p.stem: {k: v.float() for k, v in load_file(p).items()} for p in folder.glob("*.safetensors")}
+    return SimpleNamespace(meta=json.loads((folder / "meta.json").read_text()), **files)
+
+
+def build_wan(transformer, config, vae, dtype=torch.float32):
+    """A model of the publisher's tensors."""
+    source = Path("fixture")
+    arguments = wan_keys.transformer_config(transformer, config)
+    network = _build(_build_transformer, arguments, wan_keys.convert_transformer(transformer), source, dtype, "cpu")
+    decoder = _build(_build_vae, wan_keys.vae_config(vae), wan_keys.convert_vae(vae), source, dtype, "cpu")
+    return WanModel(_spec("fixture", network, decoder), network, decoder)
+
+
+@pytest.fixture(scope="module")
+def t2v():
+    wan, vae = fixture("wan_t2v"), fixture("wan_vae")
+    return build_wan(wan.transformer, wan.meta["transformer_config"], vae.vae)
+
+
+@pytest.fixture(scope="module")
+def train_step():
+    return fixture("wan_train_step")
+
+
+@pytest.fixture(scope="module")
+def inp(train_step):
+    """VideoX-Fun's InP model with the training fixture's LoRA merged."""
+    model = build_wan(train_step.transformer, train_step.meta["transformer_config"], train_step.vae)
+    lora, scale = train_step.lora_videox_fun, train_step.meta["lora"]["alpha"] / train_step.meta["lora"]["rank"]
+    modules = dict(model.transformer.named_modules())
+    merged = 0
+    for name, original in model.lora_names("transformer").items():
+        key = "lora_unet__" + original.replace(".", "_")
+        modules[name].weight += scale * lora[f"{key}.lora_up.weight"] @ lora[f"{key}.lora_down.weight"]
+        merged += 1
+    assert merged == len(lora) // 3
+    return model
+
+
+# Against the publisher's numbers
+
+
+def test_transformer_matches_the_publisher(t2v):
+    wan = fixture("wan_t2v")
+    for i, t in enumerate(wan.io["t"]):
+        branch = t2v.conditioning([wan.io["context"][i]], None, wan.io["x"].shape[1:]).positive
+        prediction = t2v.predict(wan.io["x"][i : i + 1], t / 1000, branch)
+        assert (prediction - wan.io["out_base"][i : i + 1]).abs().max() < wan.meta["tolerance"]
+
+
+def test_vae_matches_the_publisher(t2v):
+    vae = fixture("wan_vae")
+    tolerance, latents = vae.meta["tolerance"], vae.io["latents"]
+    assert (t2v.decode(latents) * 2 - 1 - vae.io["decoded_all"]).abs().max() < tolerance["decode"]
+    assert (t2v.encode(vae.io["video"]) - vae.io["encoded_mean"]).abs().max() < tolerance["decode"]
+    first = latents[:, :, :1].clone().requires_grad_()
+    frames = t2v.decode(first) * 2 - 1
+    assert (frames - vae.io["decoded_first"]).abs().max() < tolerance["decode"]
+    frames.square().mean().backward()
+    reference = vae.io["grad_first"]
+    assert (first.grad - reference).norm() < tolerance["grad_rel"] * reference.norm()
+
+
+def test_sampling_matches_the_publisher(inp, train_step):
+    io, meta = train_step.io, train_step.meta
+    shape = io["init_noise"].shape[1:]
+    conditioning = inp.conditioning([io["context_cond"]], [io["context_uncond"]], shape)
+    assert all(not conditioning.positive[name].any() for name in ("latents", "image"))  # text-to-video on InP
+    x, sigmas = io["init_noise"], io["sigmas"]
+    for i in range(meta["num_inference_steps"]):
+        wanted, unwanted = (inp.predict(x, sigmas[i], b) for b in (conditioning.positive, conditioning.negative))
+        guided = unwanted + meta["guidance_scale"] * (wanted - unwanted)
+        x = inp.step(x, guided, sigmas[i], sigmas[i + 1])
+        assert (x - io["latents_after_step"][i]).abs().max() < meta["tolerance"]["latents"]
+    frames = inp.decode(x[:, :, :1])
+    assert (frames - io["frames"]).abs().max() < meta["tolerance"]["frames"]
+
+
+def attention(q, k, v, heads, scale=None, bias=None):
+    q, k, v = (t.unflatten(-1, (heads, -1)).transpose(1, 2) for t in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale).transpose(1, 2).flatten(2)
+
+
+def publisher_umt5(dim=24, heads=2, ffn=40, layers=2, vocabulary=13, buckets=32):
+    """Random tensors in the names and shapes of the publisher's UMT5 encoder."""
+    shapes = {"token_embedding.weight": (vocabulary, dim), "norm.weight": (dim,)}
+    for i in range(layers):
+        block = {"norm1": (dim,), "norm2": (dim,), "ffn.gate.0": (ffn, dim), "ffn.fc1": (ffn, dim)}
+        block |= {"ffn.fc2": (dim, ffn), "pos_embedding.embedding": (buckets, heads)}
+        block |= {f"attn.{name}": (dim, dim) for name in "qkvo"}
+        shapes |= {f"blocks.{i}.{name}.weight": shape for name, shape in block.items()}
+    generator = torch.Generator().manual_seed(3)
+    return {name: torch.randn(shape, generator=generator) * 0.3 for name, shape in shapes.items()}
+
+
+def test_umt5_computes_what_the_publisher_describes():
+    tensors = publisher_umt5()
+    arguments = wan_keys.umt5_config(tensors)
+    encoder = _build(_build_umt5, arguments, wan_keys.convert_umt5(tensors), Path("x"), torch.float32, "cpu")
+    length, heads = 6, 2
+    ids = torch.arange(length)[None] + 1
+
+    def norm(x, name):
+        return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6) * tensors[name + ".weight"]
+
+    # Distances below 8 have their own bucket; those to the right use the upper half of the 32.
+    offset = torch.arange(length)[None] - torch.arange(length)[:, None]
+    bucket = offset.abs() + 16 * (offset > 0)
+    x = tensors["token_embedding.weight"][ids]
+    for block in ("blocks.0.", "blocks.1."):
+        weight = {k.removeprefix(block).removesuffix(".weight"): v for k, v in tensors.items() if k.startswith(block)}
+        h = norm(x, block + "norm1")
+        q, k, v = (h @ weight[f"attn.{name}"].T for name in "qkv")
+        bias = weight["pos_embedding.embedding"][bucket].permute(2, 0, 1)[None]
+        x = x + attention(q, k, v, heads, scale=1.0, bias=bias) @ weight["attn.o"].T
+        h = norm(x, block + "norm2")
+        gate = F.gelu(h @ weight["ffn.gate.0"].T, approximate="tanh")
+        x = x + (h @ weight["ffn.fc1"].T * gate) @ weight["ffn.fc2"].T
+    ours = encoder(ids, torch.ones_like(ids)).last_hidden_state
+    assert torch.allclose(ours, norm(x, "norm"), atol=1e-5)
+
+
+def publisher_clip(dim=160, layers=2, patch=14, image_size=224):
+    """Random tensors in the names and shapes of the publisher's CLIP, with a scrap of its text half."""
+    tokens = (image_size // patch) ** 2 + 1
+    shapes = {"visual.patch_embedding.weight": (dim, 3, patch, patch), "visual.cls_embedding": (1, 1, dim)}
+    shapes |= {"visual.pos_embedding": (1, tokens, dim), "visual.head": (dim, 8), "log_scale": ()}
+    shapes |= {"textual.token_embedding.weight": (4, 8)}
+    for name in ("pre_norm", "post_norm"):
+        shapes |= {f"visual.{name}.weight": (dim,), f"visual.{name}.bias": (dim,)}
+    for i in range(layers):
+        sizes = {"norm1": (dim,), "norm2": (dim,), "attn.to_qkv": (3 * dim, dim), "attn.proj": (dim, dim)}
+        sizes |= {"mlp.0": (2 * dim, dim), "mlp.2": (dim, 2 * dim)}
+        for name, size in sizes.items():
+            shapes |= {f"visual.transformer.{i}.{name}.weight": size, f"visual.transformer.{i}.{name}.bias": size[:1]}
+    generator = torch.Generator().manual_seed(4)
+    return {name: torch.randn(shape, generator=generator) * 0.1 for name, shape in shapes.items()}
+
+
+def test_clip_computes_what_the_publisher_describes(original_i2v):
+    tensors = {k.removeprefix("visual."): v for k, v in publisher_clip().items() if k.startswith("visual.")}
+    image = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+
+    def layer(x, name, function):
+        return function(x, tensors[f"{name}.weight"], tensors[f"{name}.bias"])
+
+    def norm(x, name):
+        return layer(x, name, lambda x, weight, bias: F.layer_norm(x, weight.shape, weight, bias, 1e-5))
+
+    pixels = F.interpolate(image, (224, 224), mode="bicubic")
+    pixels = pixels - torch.tensor((0.48145466, 0.4578275, 0.40821073)).view(1, 3, 1, 1)
+    pixels = pixels / torch.tensor((0.26862954, 0.26130258, 0.27577711)).view(1, 3, 1, 1)
+    x = F.conv2d(pixels, tensors["patch_embedding.weight"], stride=14).flatten(2).transpose(1, 2)
+    x = norm(torch.cat([tensors["cls_embedding"], x], dim=1) + tensors["pos_embedding"], "pre_norm")
+    block = "transformer.0."  # all layers but the last, which is one of the two
+    q, k, v = layer(norm(x, block + "norm1"), block + "attn.to_qkv", F.linear).chunk(3, dim=-1)
+    x = x + layer(attention(q, k, v, 2), block + "attn.proj", F.linear)
+    h = F.gelu(layer(norm(x, block + "norm2"), block + "mlp.0", F.linear))
+    x = x + layer(h, block + "mlp.2", F.linear)
+    model = load_video_model(original_i2v, dtype="float32", text=False)
+    branch = model.conditioning([torch.zeros(1, 24)], None, (16, 1, 4, 4), start_image=image).positive
+    assert torch.allclose(branch["image"], x, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"dim_mult": [1, 2, 2], "num_res_blocks": 1, "temperal_downsample": [True, True]},
+        {"dim_mult": [1, 2, 4, 4], "num_res_blocks": 3, "temperal_downsample": [False, True, True]},
+        {"dim_mult": [1, 2], "num_res_blocks": 2, "temperal_downsample": [False]},
+    ],
+)
+def test_vaes_of_other_depths_are_recognised(config):
+    from diffusers import AutoencoderKLWan
+
+    config = {"base_dim": 4, "z_dim": 8, **config}
+    vae = AutoencoderKLWan(**config, latents_mean=[0.0] * 8, latents_std=[1.0] * 8)
+    published = publisher_vae_names(vae.state_dict(), config)
+    assert len(published) == len(vae.state_dict())
+    for prefix in ("", "model."):
+        tensors = {prefix + name: tensor for name, tensor in published.items()}
+        assert wan_keys.vae_config(tensors).items() >= config.items()
+        converted = wan_keys.convert_vae(tensors)
+        assert all(converted[name].data_ptr() == tensor.data_ptr() for name, tensor in vae.state_dict().items())
+
+
+def publisher_vae_names(state, config):
+    """diffusers' VAE tensors in the publisher's names, by walking the blocks in the publisher's order."""
+    residual = {"residual.0": "norm1", "residual.2": "conv1", "residual.3": "norm2", "residual.6": "conv2"}
+    inside = residual | {"shortcut": "conv_shortcut"}
+    resample = {"resample.1": "resample.1", "time_conv": "time_conv"}
+    pairs = {"conv1": "quant_conv", "conv2": "post_quant_conv"}
+    levels, blocks = len(config["dim_mult"]), config["num_res_blocks"]
+    for half in ("encoder", "decoder"):
+        pairs |= {f"{half}.conv1": f"{half}.conv_in", f"{half}.head.0": f"{half}.norm_out"}
+        pairs |= {f"{half}.head.2": f"{half}.conv_out"}
+        for i, part in enumerate(("resnets.0", "resnets.1")):
+            pairs |= {f"{half}.middle.{2 * i}.{a}": f"{half}.mid_block.{part}.{b}" for a, b in inside.items()}
+        for part in ("norm", "to_qkv", "proj"):
+            pairs[f"{half}.middle.1.{part}"] = f"{half}.mid_block.attentions.0.{part}"
+        row = 0
+        for level in range(levels):
+            for place in range(blocks + (half == "decoder")):
+                ours = f"up_blocks.{level}.resnets.{place}" if half == "decoder" else f"down_blocks.{row}"
+                theirs = f"{half}.{'upsamples' if half == 'decoder' else 'downsamples'}.{row}"
+                pairs |= {f"{theirs}.{a}": f"{half}.{ours}.{b}" for a, b in inside.items()}
+                row += 1
+            if level < levels - 1:
+                ours = f"up_blocks.{level}.upsamplers.0" if half == "decoder" else f"down_blocks.{row}"
+                theirs = f"{half}.{'upsamples' if half == 'decoder' else 'downsamples'}.{row}"
+                pairs |= {f"{theirs}.{a}": f"{half}.{ours}.{b}" for a, b in resample.items()}
+                row += 1
+    ends = ("weight", "bias", "gamma")
+    return {f"{a}.{e}": state[f"{b}.{e}"] for a, b in pairs.items() for e in ends if f"{b}.{e}" in state}
+
+
+# Loading
+
+
+def save_tokenizer(folder):
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    words = ["<pad>", "</s>", "<unk>", *WORDS]
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    special = {"pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"}
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special).save_pretrained(folder)
+
+
+def write_original(folder, transformer, config, *, suffix=".pth", image=False):
+    """A folder as the publisher lays it out."""
+    write = torch.save if suffix == ".pth" else save_file
+    (folder / "config.json").write_text(json.dumps(config))
+    save_file(transformer, folder / "diffusion_pytorch_model.safetensors")
+    write(fixture("wan_vae").vae, folder / (NAMES["vae"] + suffix))
+    write(publisher_umt5(), folder / (NAMES["text"] + suffix))
+    if image:
+        write(publisher_clip(), folder / (NAMES["image"] + suffix))
+    save_tokenizer(folder / "google" / "umt5-xxl")
+
+
+@pytest.fixture(scope="module")
+def original_t2v(tmp_path_factory):
+    folder, wan = tmp_path_factory.mktemp("Wan2.1-T2V-tiny"), fixture("wan_t2v")
+    write_original(folder, wan.transformer, wan.meta["transformer_config"])
+    return folder
+
+
+@pytest.fixture(scope="module")
+def original_i2v(tmp_path_factory):
+    """An image-to-video model of random weights; its transformer in two shards, the rest in safetensors."""
+    from diffusers import WanTransformer3DModel
+
+    torch.manual_seed(5)
+    folder = tmp_path_factory.mktemp("Wan2.1-Fun-tiny-InP")
+    sizes = {"num_attention_heads": 2, "attention_head_dim": 24, "text_dim": 24, "freq_dim": 32, "ffn_dim": 64}
+    channels = {"in_channels": 36, "out_channels": 16, "image_dim": 160, "added_kv_proj_dim": 48, "num_layers": 2}
+    network = WanTransformer3DModel(**sizes, **channels)
+    tensors = {wan_keys.original_module_name(name): v.detach() for name, v in network.state_dict().items()}
+    write_original(folder, tensors, {"model_type": "i2v", "num_heads": 2}, suffix=".safetensors", image=True)
+    (folder / "diffusion_pytorch_model.safetensors").unlink()
+    files = [f"diffusion_pytorch_model-0000{n}-of-00002.safetensors" for n in (1, 2)]
+    place = {name: files[i % 2] for i, name in enumerate(sorted(tensors))}
+    for file in files:
+        save_file({name: tensors[name] for name in tensors if place[name] == file}, folder / file)
+    index = folder / "diffusion_pytorch_model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": place}))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def diffusers_t2v(original_t2v, tmp_path_factory):
+    """The model of ``original_t2v`` as diffusers saves it."""
+    from diffusers import FlowMatchEulerDiscreteScheduler, WanPipeline
+
+    folder = tmp_path_factory.mktemp("diffusers")
+    model = load_video_model(original_t2v)
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
+    WanPipeline(model.tokenizer, model.text_encoder, model.vae, scheduler, model.transformer).save_pretrained(folder)
+    (folder / "reward_lora.json").write_text(
+        json.dumps({"name": "Tiny", "width": 32, "height": 32, "frames": 9, "lora_targets": ["to_q", "ffn.net.2"]})
+    )
+    return folder
+
+
+def sample(model, prompt="a red circle moves right", steps=2):
+    texts = model.encode_text([prompt, ""])
+    shape = (16, 2, 4, 4)
+    branch = model.conditioning(texts[:1], None, shape).positive
+    x, sigmas = model.initial_latents(shape, [7]), model.sigmas(steps)
+    with torch.no_grad():
+        for i in range(steps):
+            x = model.step(x, model.predict(x, sigmas[i], branch), sigmas[i], sigmas[i + 1])
+        return model.decode(x)
+
+
+def test_original_layout_loads(original_t2v):
+    model = load_video_model(original_t2v)
+    assert isinstance(model, VideoModel)
+    spec = model.spec
+    assert (spec.name, spec.size_multiple, spec.image_to_video) == (original_t2v.name, 16, False)
+    assert (spec.width, spec.height, spec.frames, spec.lora_targets) == (832, 480, 81, ("all-linear",))
+    assert sample(model).shape == (1, 3, 5, 32, 32)
+    assert not any(p.requires_grad for p in model.transformer.parameters())
+
+
+def test_both_layouts_give_the_same_model(original_t2v, diffusers_t2v):
+    first, second = load_video_model(original_t2v), load_video_model(diffusers_t2v)
+    second._shift = first._shift
+    assert torch.allclose(sample(first), sample(second), atol=1e-5)
+    for part in ("transformer", "vae", "text_encoder"):
+        ours = getattr(second, part).state_dict()
+        assert all(torch.equal(tensor, ours[name]) for name, tensor in getattr(first, part).state_dict().items())
+
+
+def test_diffusers_folder_brings_its_own_defaults(diffusers_t2v):
+    model = load_video_model(diffusers_t2v, text=False)
+    spec = model.spec
+    assert (spec.name, spec.width, spec.height, spec.frames, spec.fps) == ("Tiny", 32, 32, 9, 16)
+    assert spec.lora_targets == ("to_q", "ffn.net.2")
+    assert math.isclose(float(model.sigmas(2)[1]), 3 * 0.5 / (1 + 2 * 0.5))  # shift 3 of its scheduler
+
+
+def test_text_matches_diffusers_pipeline(diffusers_t2v):
+    from diffusers import WanPipeline
+
+    model, pipeline = load_video_model(diffusers_t2v), WanPipeline.from_pretrained(diffusers_t2v)
+    prompts = ["a red  circle &amp; moves", "", "the square"]
+    reference = pipeline._get_t5_prompt_embeds(prompts, max_sequence_length=512, device="cpu")
+    ours = model.conditioning(model.encode_text(prompts), None, (16, 1, 4, 4)).positive["text"]
+    assert torch.allclose(ours, reference, atol=1e-5)
+
+
+def test_prompts_are_cleaned_as_published():
+    assert clean_prompt("  a &amp;lt;b&amp;gt;\n\tc ") == "a <b> c"
+    pytest.importorskip("ftfy")
+    assert clean_prompt("caf\u00c3\u00a9") == "caf\u00e9"
+
+
+def test_a_prompt_embedding_does_not_depend_on_its_neighbours(original_t2v):
+    model = load_video_model(original_t2v)
+    together = model.encode_text(["a", "a red circle moves right on the left"])[0]
+    assert torch.equal(together, model.encode_text(["a"])[0])
+    assert together.shape == (2, 24)  # one word and the end mark
+
+
+def test_16_bits_keep_in_float32_what_diffusers_keeps(diffusers_t2v):
+    from diffusers import WanTransformer3DModel
+
+    reference = WanTransformer3DModel.from_pretrained(diffusers_t2v / "transformer", torch_dtype=torch.bfloat16)
+    model = load_video_model(diffusers_t2v, dtype="bfloat16")
+    ours = model.transformer.state_dict()
+    assert {k: v.dtype for k, v in reference.state_dict().items()} == {k: v.dtype for k, v in ours.items()}
+    assert next(model.vae.parameters()).dtype == next(model.text_encoder.parameters()).dtype == torch.bfloat16
+    frames = sample(model)
+    assert frames.dtype == torch.float32
+    assert (frames - sample(load_video_model(diffusers_t2v))).abs().mean() < 0.05
+
+
+def test_text_encoder_can_stay_on_disk(original_t2v):
+    model = load_video_model(original_t2v, text=False)
+    with pytest.raises(RuntimeError, match="text=True"):
+        model.encode_text(["a"])
+    assert model.text_fingerprint() == load_video_model(original_t2v).text_fingerprint()
+
+
+def test_the_fingerprint_follows_the_text_encoder(original_t2v, tmp_path):
+    wan = fixture("wan_t2v")
+    write_original(tmp_path, wan.transformer, wan.meta["transformer_config"])
+    same = load_video_model(tmp_path, text=False).text_fingerprint()
+    tensors = publisher_umt5()
+    tensors["norm.weight"] += 1
+    torch.save(tensors, tmp_path / (NAMES["text"] + ".pth"))
+    assert load_video_model(tmp_path, text=False).text_fingerprint() != same
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda f: (f / (NAMES["text"] + ".pth")).unlink(), "models_t5_umt5-xxl-enc-bf16.pth or .safetensors"),
+        (lambda f: (f / "diffusion_pytorch_model.safetensors").unlink(), "diffusion_pytorch_model"),
+        (lambda f: (f / "google" / "umt5-xxl").rename(f / "elsewhere"), "tokenizer's folder .* is missing"),
+        (
+            lambda f: (f / "config.json").write_text('{"num_heads": 2, "in_dim": 36}'),
+            "in_dim is 36, the weights say 16",
+        ),
+        (lambda f: (f / "config.json").write_text("{"), "not valid JSON"),
+        (lambda f: torch.save(publisher_umt5(), f / (NAMES["vae"] + ".pth")), "no Wan VAE"),
+        (lambda f: torch.save(fixture("wan_vae").vae, f / (NAMES["text"] + ".pth")), "no UMT5 encoder"),
+        (lambda f: (f / "reward_lora.json").write_text('{"fsp": 8}'), "unknown option fsp; allowed are fps"),
+        (lambda f: (f / "reward_lora.json").write_text('{"fps": "8"}'), "fps has the wrong type, got '8'"),
+    ],
+)
+def test_what_is_wrong_with_a_folder_is_said_in_a_sentence(tmp_path, change, message):
+    wan = fixture("wan_t2v")
+    write_original(tmp_path, wan.transformer, wan.meta["transformer_config"])
+    change(tmp_path)
+    with pytest.raises(ModelFileError, match=message) as caught:
+        load_video_model(tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+def test_variants_we_cannot_run_are_refused(diffusers_t2v, tmp_path):
+    wan = fixture("wan_t2v")
+    control = dict(wan.transformer, **{"patch_embedding.weight": torch.zeros(48, 48, 1, 2, 2)})
+    write_original(tmp_path, control, {"num_heads": 2})
+    with pytest.raises(ModelFileError, match="takes 48 input channels"):
+        load_video_model(tmp_path, text=False)
+    save_file(wan.transformer | {"ref_conv.weight": torch.zeros(1)}, tmp_path / "diffusion_pytorch_model.safetensors")
+    with pytest.raises(ModelFileError, match=r"has unknown ref_conv\.weight; it is probably another variant"):
+        load_video_model(tmp_path, text=False)
+    index = json.loads((diffusers_t2v / "model_index.json").read_text()) | {"boundary_ratio": 0.9}
+    (tmp_path / "model_index.json").write_text(json.dumps(index))
+    with pytest.raises(ModelFileError, match="two experts"):
+        load_video_model(tmp_path)
+
+
+# Conditioning and batches
+
+
+@pytest.fixture(scope="module")
+def i2v(original_i2v):
+    return load_video_model(original_i2v)
+
+
+@pytest.mark.parametrize("with_end", [False, True])
+def test_image_conditioning_matches_diffusers_pipeline(i2v, with_end):
+    from diffusers import FlowMatchEulerDiscreteScheduler, WanImageToVideoPipeline
+
+    pipeline = WanImageToVideoPipeline(
+        tokenizer=None,
+        text_encoder=None,
+        vae=i2v.vae,
+        scheduler=FlowMatchEulerDiscreteScheduler(),
+        transformer=i2v.transformer,
+    )
+    start, end = torch.rand(2, 1, 3, 32, 48, generator=torch.Generator().manual_seed(2))
+    end = end if with_end else None
+    _, reference = pipeline.prepare_latents(
+        start * 2 - 1,
+        1,
+        height=32,
+        width=48,
+        num_frames=9,
+        dtype=torch.float32,
+        device="cpu",
+        last_image=None if end is None else end * 2 - 1,
+    )
+    shape = i2v.spec.latent_shape(48, 32, 9)
+    branch = i2v.conditioning([torch.zeros(1, 24)], None, shape, start_image=start, end_image=end).positive
+    assert torch.allclose(branch["latents"], reference, atol=1e-5)
+    assert branch["image"].any()
+    assert torch.isfinite(i2v.predict(torch.zeros(1, *shape), torch.tensor(0.5), branch)).all()
+
+
+def test_the_end_image_alone_marks_the_last_frame(i2v):
+    shape = i2v.spec.latent_shape(32, 32, 5)
+    branch = i2v.conditioning([torch.zeros(1, 24)], None, shape, end_image=torch.ones(1, 3, 20, 20)).positive
+    mask = branch["latents"][:, :4]
+    assert mask.mean((0, 3, 4)).tolist() == [[0, 0], [0, 0], [0, 0], [0, 1]]
+    assert not branch["image"].any()  # CLIP sees the start image alone
+
+
+def test_one_image_serves_a_batch_and_a_wrong_number_is_refused(i2v):
+    shape, texts = i2v.spec.latent_shape(32, 32, 5), [torch.zeros(1, 24)] * 2
+    images = torch.rand(2, 3, 32, 32)
+    both = i2v.conditioning(texts, texts, shape, start_image=images, end_image=images[:1])
+    assert both.positive["latents"].shape == (2, 20, 2, 4, 4)
+    assert both.negative["image"].shape == (2, 257, 160)
+    one = i2v.conditioning(texts[:1], None, shape, start_image=images[1:], end_image=images[:1]).positive
+    assert torch.allclose(both.positive["latents"][1:], one["latents"], atol=1e-5)
+    with pytest.raises(ValueError, match=r"start image must be \[1 or 2, 3, H, W\], got \[3, 3, 32, 32\]"):
+        i2v.conditioning(texts, None, shape, start_image=torch.rand(3, 3, 32, 32))
+
+
+def test_a_text_to_video_model_takes_no_image(t2v):
+    with pytest.raises(ValueError, match="text-to-video model"):
+        t2v.conditioning([torch.zeros(1, 24)], None, (16, 1, 4, 4), start_image=torch.zeros(1, 3, 32, 32))
+
+
+def test_the_first_last_frame_model_sees_both_images(i2v):
+    from diffusers import WanTransformer3DModel
+
+    torch.manual_seed(0)
+    flf = WanTransformer3DModel.from_config({**i2v.transformer.config, "pos_embed_seq_len": 514})
+    model = WanModel(i2v.spec, flf, i2v.vae, image_encoder=i2v._image_encoder)
+    shape, images = i2v.spec.latent_shape(32, 32, 5), torch.rand(2, 1, 3, 32, 32)
+    branch = model.conditioning([torch.zeros(1, 24)], None, shape, start_image=images[0], end_image=images[1]).positive
+    assert branch["image"].shape == (1, 514, 160)
+    assert model.predict(torch.zeros(1, *shape), torch.tensor(0.5), branch).shape == (1, *shape)
+
+
+def test_a_batch_predicts_what_its_samples_predict_alone(i2v):
+    shape = i2v.spec.latent_shape(32, 32, 5)
+    texts = i2v.encode_text(["a red circle", "the blue square moves left"])
+    image = torch.rand(2, 3, 32, 32)
+    x, sigma = i2v.initial_latents(shape, [1, 2]), torch.tensor(0.7)
+    together = i2v.predict(x, sigma, i2v.conditioning(texts, None, shape, start_image=image).positive)
+    for i in range(2):
+        alone = i2v.conditioning(texts[i : i + 1], None, shape, start_image=image[i : i + 1]).positive
+        assert torch.allclose(i2v.predict(x[i : i + 1], sigma, alone), together[i : i + 1], atol=1e-5)
+    frames = i2v.decode(x)
+    assert torch.allclose(i2v.decode(x[1:]), frames[1:], atol=1e-5)
+
+
+def test_noise_depends_on_its_own_seed_alone(t2v):
+    shape = (16, 2, 4, 4)
+    assert torch.equal(t2v.initial_latents(shape, [1, 2])[1], t2v.initial_latents(shape, [2])[0])
+
+
+def test_lora_names_ignore_an_injected_adapter():
+    from peft import LoraConfig, inject_adapter_in_model
+
+    wan, vae = fixture("wan_t2v"), fixture("wan_vae")
+    model = build_wan(wan.transformer, wan.meta["transformer_config"], vae.vae)
+    before = model.lora_names("transformer")
+    assert len(before) == 2 * 10 + 6
+    assert before["blocks.1.attn2.to_out.0"] == "blocks.1.cross_attn.o"
+    inject_adapter_in_model(LoraConfig(r=2, target_modules=["to_q", "ffn.net.2"]), model.transformer)
+    assert model.lora_names("transformer") == before
+
+
+def test_gradients_are_exact_in_float64(t2v):
+    wan, vae = fixture("wan_t2v"), fixture("wan_vae")
+    model = build_wan(wan.transformer, wan.meta["transformer_config"], vae.vae, torch.float64)
+    shape, sigmas = (16, 2, 4, 4), model.sigmas(2)
+    branch = model.conditioning([wan.io["context"][0].double()], None, shape).positive
+    noise = model.initial_latents(shape, [3]).double()
+    weight = torch.randn(1, 3, 5, 32, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+
+    def reward(x):
+        for i in range(2):
+            x = model.step(x, model.predict(x, sigmas[i], branch), sigmas[i], sigmas[i + 1])
+        return (model.decode(x) * weight).sum()
+
+    leaf = noise.clone().requires_grad_()
+    total = reward(leaf)
+    assert total.dtype == torch.float64
+    (gradient,) = torch.autograd.grad(total, leaf)
+    direction = torch.randn(noise.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    with torch.no_grad():
+        difference = (reward(noise + 1e-6 * direction) - reward(noise - 1e-6 * direction)) / 2e-6
+    expected = (gradient * direction).sum()
+    assert abs(difference - expected) < 1e-6 * abs(expected)
+
+
+def test_parts_move_by_name(t2v):
+    t2v.to("cpu", "denoiser", "vae", "text")
+    with pytest.raises(ValueError, match="unknown parts"):
+        t2v.to("cpu", "unet")
