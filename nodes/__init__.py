@@ -1,0 +1,30 @@
+"""What an artist uses: thin nodes over the engine, and the only folder that imports ComfyUI."""
+
+from __future__ import annotations
+
+from comfy_api.latest import ComfyExtension, io
+
+from . import folders
+from .generate import GenerateVideo
+from .lora import ApplyRewardLora, SaveRewardLora
+from .reward import LoadReward, ScoreFrames
+from .train import TrainRewardLora
+from .video_model import LoadVideoModel
+
+NODES: list[type[io.ComfyNode]] = [
+    LoadVideoModel,
+    GenerateVideo,
+    LoadReward,
+    ScoreFrames,
+    TrainRewardLora,
+    ApplyRewardLora,
+    SaveRewardLora,
+]
+
+
+class RewardLoraExtension(ComfyExtension):
+    """The pack as ComfyUI sees it."""
+
+    async def get_node_list(self) -> list[type[io.ComfyNode]]:
+        folders.register()
+        return NODES

@@ -1,0 +1,138 @@
+"""Between ComfyUI and the engine: tensors, autograd, devices, progress, cancelling and errors."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import TracebackType
+
+import comfy.model_management
+import comfy.utils
+import numpy as np
+import torch
+from PIL import Image
+from server import PromptServer
+from torch import Tensor
+
+from ..reward_models.protocol import Reward
+from ..video_models.protocol import VideoModel
+
+log = logging.getLogger(__name__)
+
+PACK = __package__.rpartition(".")[0]
+HEARTBEAT = 1.0
+"""Seconds between signs of life; ``comfy run`` gives up after 120 seconds without one."""
+
+
+class RewardLoraError(Exception):
+    """What the user gave cannot be used; the message is one sentence that says why and what to do."""
+
+
+@contextmanager
+def engine() -> Iterator[None]:
+    """Run engine code inside a node.
+
+    ComfyUI calls nodes under ``torch.inference_mode``, in which nothing made can ever carry a gradient: it
+    is off inside. A refusal raised by the engine leaves as one sentence instead of a chain of tracebacks;
+    anything else leaves as it is.
+    """
+    try:
+        with torch.inference_mode(False), torch.enable_grad():
+            yield
+    except (ValueError, RuntimeError) as error:
+        if not _is_ours(error.__traceback__):
+            raise
+        log.debug("refused", exc_info=True)
+        sentence = str(error)
+    else:
+        return
+    raise RewardLoraError(sentence)
+
+
+def _is_ours(traceback: TracebackType | None) -> bool:
+    """Whether a line of this pack, not of a library it calls, raised the error."""
+    module = ""
+    while traceback is not None:
+        module = traceback.tb_frame.f_globals.get("__name__", "")
+        traceback = traceback.tb_next
+    return module.startswith(f"{PACK}.")
+
+
+def to_frames(images: Tensor) -> Tensor:
+    """IMAGE ``[T, H, W, C]`` to our ``[1, 3, T, H, W]``: a fresh tensor that gradients may pass."""
+    return images[..., :3].float().clone().permute(3, 0, 1, 2)[None].contiguous()
+
+
+def to_still(images: Tensor | None) -> Tensor | None:
+    """The first picture of an IMAGE as ``[1, 3, H, W]``."""
+    return None if images is None else to_frames(images[:1])[:, :, 0]
+
+
+def to_images(clips: Tensor) -> Tensor:
+    """Ours ``[N, 3, T, H, W]`` to an IMAGE ``[T, H, N * W, 3]``: clips side by side."""
+    side_by_side = torch.cat(list(clips.detach().float().cpu()), dim=-1)
+    return side_by_side.permute(1, 2, 3, 0).contiguous()
+
+
+def picture_to_image(picture: np.ndarray) -> Tensor:
+    """``[H, W, 3]`` uint8 to an IMAGE of one."""
+    return torch.from_numpy(picture).float()[None] / 255
+
+
+@contextmanager
+def on_device(model: VideoModel | None = None, reward: Reward | None = None) -> Iterator[torch.device]:
+    """Bring what works to ComfyUI's device for the length of a block, and back to where it rests."""
+    device = comfy.model_management.get_torch_device()
+    rest = comfy.model_management.unet_offload_device()
+    movable = [part for part in (model, reward) if hasattr(part, "to")]
+    if device.type != "cpu":
+        comfy.model_management.unload_all_models()
+    try:
+        for part in movable:
+            part.to(device)
+        yield device
+    finally:
+        for part in movable:
+            part.to(rest)
+        comfy.model_management.soft_empty_cache()
+
+
+def make_room(model: VideoModel, phase: str) -> None:
+    """Once the texts are encoded, their encoder leaves the GPU to the other networks."""
+    if phase != "text" and model.device.type != "cpu":
+        model.to("cpu", "text")
+
+
+class Progress:
+    """The engine's tick: cancel point and sign of life; also the node's progress bar, text and live preview.
+
+    Args:
+        total: What makes a whole.
+        node_id: Of the node that shows it.
+    """
+
+    def __init__(self, total: int, node_id: str | None) -> None:
+        self._bar = comfy.utils.ProgressBar(total, node_id=node_id)
+        self._total, self._done, self._node_id, self._sent = total, 0, node_id, 0.0
+
+    def __call__(self, phase: str) -> None:
+        """Raise ``InterruptProcessingException`` if the user has cancelled."""
+        comfy.model_management.throw_exception_if_processing_interrupted()
+        if time.monotonic() - self._sent > HEARTBEAT:
+            self.show(self._done)
+
+    def show(self, done: int, picture: np.ndarray | None = None, text: str = "") -> None:
+        """Move the bar, and show a picture ``[H, W, 3]`` uint8 and a text on the node. A cancel point too."""
+        self._done, self._sent = done, time.monotonic()
+        if text:
+            say(text, self._node_id)
+        preview = None if picture is None else ("JPEG", Image.fromarray(picture), max(picture.shape[:2]))
+        self._bar.update_absolute(done, self._total, preview)
+
+
+def say(text: str, node_id: str | None) -> None:
+    """Show a text on a node."""
+    if node_id is not None:
+        PromptServer.instance.send_progress_text(text, node_id)

@@ -1,0 +1,134 @@
+"""Where ComfyUI keeps models and results; nothing is ever written outside its output folder by accident."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import folder_paths
+
+from ..video_models import BUILTIN
+
+VIDEO_MODELS, REWARD_MODELS = "video_models", "reward_models"
+BUILTIN_LORA = "builtin: colour fix"
+CONNECTED = "the connected LoRA"
+OUTPUT = "output/"
+ASSETS = Path(__file__).resolve().parent.parent / "assets"
+
+
+def register() -> None:
+    """Make ComfyUI know ``models/video_models`` and ``models/reward_models``, besides what
+    ``extra_model_paths.yaml`` says of these keys."""
+    for key in (VIDEO_MODELS, REWARD_MODELS):
+        folder_paths.add_model_folder_path(key, os.path.join(folder_paths.models_dir, key))
+
+
+def video_model_roots() -> list[Path]:
+    """Folders in which video models are looked for."""
+    return [Path(p) for key in (VIDEO_MODELS, "diffusion_models") for p in folder_paths.get_folder_paths(key)]
+
+
+def list_video_models() -> list[str]:
+    """The built-in model, and every folder that looks like a whole model."""
+    found = set()
+    for root in video_model_roots():
+        for pattern in ("*/model_index.json", "*/*/model_index.json", "*/config.json", "*/*/config.json"):
+            folders = {path.parent for path in root.glob(pattern)}
+            # A diffusers model has a config.json in each of its parts as well.
+            found |= {f.relative_to(root).as_posix() for f in folders if not (f.parent / "model_index.json").exists()}
+    return [BUILTIN, *sorted(found)]
+
+
+def reward_folder(name: str) -> Path | None:
+    """The folder of that name in ``models/reward_models``, or None."""
+    for root in folder_paths.get_folder_paths(REWARD_MODELS):
+        if name and Path(root, name).is_dir():
+            return Path(root, name)
+    return None
+
+
+def list_loras() -> list[str]:
+    """LoRA files: the built-in one, those of ``models/loras``, and those in the output folder."""
+    output = Path(folder_paths.get_output_directory())
+    made = {
+        path for pattern in ("*.safetensors", "*/*.safetensors", "*/*/*.safetensors") for path in output.glob(pattern)
+    }
+    made = sorted(
+        (path for path in made if not path.name.startswith(("checkpoint-", "."))),
+        key=lambda path: -path.stat().st_mtime,
+    )
+    return [
+        CONNECTED,
+        BUILTIN_LORA,
+        *folder_paths.get_filename_list("loras"),
+        *(OUTPUT + path.relative_to(output).as_posix() for path in made),
+    ]
+
+
+def lora_path(entry: str) -> Path:
+    """The file behind an entry of :func:`list_loras`.
+
+    Raises:
+        ValueError: There is no such file in ``models/loras`` or the output folder.
+    """
+    if entry == BUILTIN_LORA:
+        return ASSETS / "tiny_reward_lora.safetensors"
+    if entry.startswith(OUTPUT):
+        path = _inside_output(entry.removeprefix(OUTPUT))
+        if path.is_file():
+            return path
+    elif entry in folder_paths.get_filename_list("loras"):
+        return Path(folder_paths.get_full_path_or_raise("loras", entry))
+    raise ValueError(f"there is no LoRA {entry!r} in models/loras or in the output folder; choose one from the list")
+
+
+def input_path(name: str) -> Path:
+    """A file given by its whole path, or by its name in ComfyUI's input folder."""
+    return Path(folder_paths.get_input_directory(), name.strip().strip('"'))
+
+
+def check_prefix(prefix: str) -> Path:
+    """The path a prefix stands for.
+
+    Raises:
+        ValueError: It is empty or leads out of the output folder.
+    """
+    if not prefix.strip() or prefix.endswith(("/", "\\")) or any(ord(c) < 32 for c in prefix):
+        raise ValueError(f"the prefix must be a name such as loras/colour, got {prefix!r}")
+    return _inside_output(prefix)
+
+
+def _inside_output(relative: str) -> Path:
+    output = os.path.abspath(folder_paths.get_output_directory())
+    path = os.path.abspath(os.path.join(output, relative))
+    if not path.startswith(output + os.sep):
+        raise ValueError(f"{relative!r} leads out of the output folder; use a name such as loras/colour")
+    return Path(path)
+
+
+def complaint(check: Callable[[str], object], value: str | None) -> bool | str:
+    """For ``validate_inputs``: True, or the sentence of the ``ValueError`` the check raised. A link passes."""
+    try:
+        if value is not None:
+            check(value)
+    except ValueError as error:
+        return str(error)
+    return True
+
+
+def next_file(prefix: str) -> Path:
+    """``<prefix>_00001_.safetensors`` in the output folder, with the next free number."""
+    check_prefix(prefix)
+    folder, name, counter, *_ = folder_paths.get_save_image_path(prefix, folder_paths.get_output_directory())
+    return Path(folder, f"{name}_{counter:05}_.safetensors")
+
+
+def listed(*paths: Path) -> list[dict[str, str]]:
+    """Files of the output folder as ComfyUI's history and ``comfy run`` list them."""
+    output = Path(folder_paths.get_output_directory()).resolve()
+    found = []
+    for path in paths:
+        subfolder = path.resolve().parent.relative_to(output).as_posix()
+        found.append({"filename": path.name, "subfolder": "" if subfolder == "." else subfolder, "type": "output"})
+    return found

@@ -1,0 +1,68 @@
+"""What travels along the wires between our nodes. All of it is immutable, because ComfyUI caches outputs."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from dataclasses import dataclass
+
+from comfy_api.latest import io
+
+from ..lora.adapter import LoraUse
+from ..lora.files import LoraFile
+from ..reward_models.protocol import Reward
+from ..video_models.protocol import VideoModel
+
+VideoModelType = io.Custom("REWARD_LORA_VIDEO_MODEL")
+RewardType = io.Custom("REWARD_LORA_REWARD")
+LoraType = io.Custom("REWARD_LORA_LORA")
+"""A :class:`..lora.files.LoraFile`."""
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A video model and the LoRAs to use with it.
+
+    Many nodes may hold the same loaded model, so a LoRA is a wish here, and becomes an adapter only while
+    a node works (:func:`..lora.adapter.applied`).
+
+    Attributes:
+        model: Loaded once, shared.
+        identity: What was loaded, and in which number type.
+        uses: LoRAs in the order they were applied.
+    """
+
+    model: VideoModel
+    identity: str
+    uses: tuple[LoraUse, ...] = ()
+
+    def with_lora(self, use: LoraUse) -> LoadedModel:
+        return dataclasses.replace(self, uses=(*self.uses, use))
+
+    def fingerprint(self) -> list:
+        """Plain data that differs whenever the model would paint otherwise."""
+        return [self.identity, *([lora_digest(use.lora), use.strength, use.expert] for use in self.uses)]
+
+
+@dataclass(frozen=True)
+class LoadedReward:
+    """A reward and where it came from.
+
+    Attributes:
+        reward: Loaded once, shared.
+        identity: Its name and path.
+    """
+
+    reward: Reward
+    identity: str
+
+
+def lora_digest(lora: LoraFile) -> str:
+    """Hash of a LoRA's matrices."""
+    digest = hashlib.sha256()
+    for name in sorted(lora.modules):
+        module = lora.modules[name]
+        digest.update(f"{name} {module.alpha}".encode())
+        for matrix in (module.down, module.up):
+            digest.update(matrix.float().contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16]
