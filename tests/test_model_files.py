@@ -82,6 +82,14 @@ def test_16_bits_keep_the_named_parts_in_float32(tmp_path):
     assert (net.linear.weight.dtype, net.linear.bias.dtype) == (torch.bfloat16, torch.float32)
 
 
+def test_buffers_that_no_file_holds_follow_to_the_device(tmp_path):
+    net = meta_net()
+    net.register_buffer("table", torch.ones(1), persistent=False)
+    with pytest.raises(ModelFileError, match="without a value"):  # the meta device stands for a GPU
+        load_weights(net, TENSORS, tmp_path, dtype=torch.float32, device="meta")
+    assert net.table.is_meta
+
+
 def test_a_pickle_called_safetensors_is_refused_and_runs_nothing(tmp_path):
     path, trace = tmp_path / "model.safetensors", tmp_path / "executed"
     path.write_bytes(pickle.dumps(Trap(trace)))

@@ -389,6 +389,8 @@ def test_text_encoder_can_stay_on_disk(original_t2v):
     with pytest.raises(RuntimeError, match="text=True"):
         model.encode_text(["a"])
     assert model.text_fingerprint() == load_video_model(original_t2v).text_fingerprint()
+    other = load_video_model(original_t2v, text=False, dtype="bfloat16")
+    assert model.text_fingerprint() != other.text_fingerprint()
 
 
 def test_the_fingerprint_follows_the_text_encoder(original_t2v, tmp_path):
@@ -425,6 +427,30 @@ def test_what_is_wrong_with_a_folder_is_said_in_a_sentence(tmp_path, change, mes
     with pytest.raises(ModelFileError, match=message) as caught:
         load_video_model(tmp_path)
     assert "\n" not in str(caught.value)
+
+
+def test_an_image_to_video_folder_of_diffusers_loads(i2v, tmp_path):
+    """With the names its publisher's exports carry besides: norm_added_q, a CLIP projection, vision_model."""
+    i2v.encode_text(["a"])
+    index = {"_class_name": "WanImageToVideoPipeline", "transformer_2": [None, None], "boundary_ratio": None}
+    (tmp_path / "model_index.json").write_text(json.dumps(index))
+    (tmp_path / "scheduler").mkdir()
+    (tmp_path / "scheduler" / "scheduler_config.json").write_text('{"flow_shift": 3.0}')
+    i2v.conditioning([torch.zeros(1, 24)], None, (16, 1, 4, 4), start_image=torch.zeros(1, 3, 8, 8))
+    for name, part in (("transformer", i2v.transformer), ("vae", i2v.vae), ("text_encoder", i2v.text_encoder)):
+        part.save_pretrained(tmp_path / name)
+    i2v._image_encoder.save_pretrained(tmp_path / "image_encoder")
+    i2v.tokenizer.save_pretrained(tmp_path / "tokenizer")
+    weights = tmp_path / "transformer" / "diffusion_pytorch_model.safetensors"
+    save_file(load_file(weights) | {"blocks.0.attn2.norm_added_q.weight": torch.zeros(48)}, weights)
+    weights = tmp_path / "image_encoder" / "model.safetensors"
+    clip = {f"vision_model.{k.removeprefix('vision_model.')}": v for k, v in load_file(weights).items()}
+    extra = {"visual_projection.weight": torch.zeros(8), "vision_model.embeddings.position_ids": torch.arange(257)}
+    save_file(clip | extra, weights)
+    model, image = load_video_model(tmp_path), torch.rand(1, 3, 32, 32)
+    shape = model.spec.latent_shape(32, 32, 5)
+    ours, theirs = (m.conditioning(m.encode_text(["a"]), None, shape, start_image=image).positive for m in (model, i2v))
+    assert all(torch.allclose(ours[name], theirs[name], atol=1e-5) for name in theirs)
 
 
 def test_variants_we_cannot_run_are_refused(diffusers_t2v, tmp_path):
@@ -569,6 +595,22 @@ def test_gradients_are_exact_in_float64(t2v):
         difference = (reward(noise + 1e-6 * direction) - reward(noise - 1e-6 * direction)) / 2e-6
     expected = (gradient * direction).sum()
     assert abs(difference - expected) < 1e-6 * abs(expected)
+
+
+def test_everything_stays_on_the_models_device(original_i2v):
+    """The meta device stands for a GPU: it too refuses tensors of another device."""
+    model = load_video_model(original_i2v)
+    shape, texts = model.spec.latent_shape(32, 32, 5), model.encode_text(["a red circle"])
+    image = torch.rand(1, 3, 32, 32)
+    model.to("meta", "denoiser")
+    with_image = model.conditioning(texts, texts, shape, start_image=image)
+    model.to("meta")
+    without = model.conditioning(texts, texts, shape)
+    x, sigmas = model.initial_latents(shape, [1]), model.sigmas(2)
+    for branch in (with_image.positive, without.negative):
+        x = model.step(x, model.predict(x, sigmas[0], branch), sigmas[0], sigmas[1])
+    assert x.is_meta
+    assert model.decode(x).is_meta
 
 
 def test_parts_move_by_name(t2v):

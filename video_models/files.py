@@ -85,7 +85,7 @@ def load_weights(
     """Put tensors into a module that was built on the meta device, each converted once and never copied twice.
 
     Args:
-        module: Parameters and persistent buffers on the meta device; the others must be real already.
+        module: Parameters and persistent buffers on the meta device; other buffers must be real already.
         tensors: One for every name of ``module.state_dict()``, of the same shape.
         source: Where they come from, for messages.
         dtype, device: What floating-point tensors become.
@@ -120,8 +120,10 @@ def load_weights(
     state = {}
     for name, tensor in tensors.items():
         kept = narrow and not set(keep_float32).isdisjoint(name.split("."))
-        state[name] = tensor.to(device, torch.float32 if kept else dtype) if tensor.is_floating_point() else tensor
+        wanted = (torch.float32 if kept else dtype) if tensor.is_floating_point() else tensor.dtype
+        state[name] = tensor.to(device, wanted)
     module.load_state_dict(state, assign=True)
+    module.to(device)  # the buffers that no file holds
     unset = [n for n, t in (*module.named_parameters(), *module.named_buffers()) if t.is_meta]
     if unset:
         raise ModelFileError(f"{source} leaves {_first_few(unset)} of {kind} without a value")

@@ -65,7 +65,8 @@ class WanModel:
 
     Text-to-video works with every variant: an image-to-video transformer then gets a zero mask, zero
     masked latents and a zero image embedding, as VideoX-Fun trains it. With a start image (and an end
-    image) the mask marks the given frames and CLIP sees the start image alone.
+    image) the mask marks the given frames and CLIP sees the start image alone (both in the FLF2V model).
+    The CLIP image encoder stays on the CPU.
 
     Args:
         spec: Facts about the model.
@@ -187,9 +188,8 @@ class WanModel:
             masked = torch.cat([mask.expand(len(latents), -1, -1, -1, -1), latents], dim=1)
         shared = {"latents": masked.expand(batch, -1, -1, -1, -1).to(self.device, self.dtype)}
         if config.image_dim is not None:
-            images = (
-                [start] if config.pos_embed_seq_len is None else [start, end]
-            )  # the first-last-frame model sees two
+            # The first-last-frame model has positions for two images, the others see one.
+            images = [start] if config.pos_embed_seq_len is None else [start, end]
             tokens = [torch.zeros(1, CLIP_TOKENS, config.image_dim) if v is None else self._embed(v) for v in images]
             tokens = torch.cat([v.cpu().expand(batch, -1, -1) for v in tokens], dim=1)
             shared["image"] = tokens.to(self.device, self.dtype)

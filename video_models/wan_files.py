@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,7 @@ FLOAT32_BELOW = 200_000_000
 
 # What diffusers keeps in float32 too: WanTransformer3DModel._keep_in_fp32_modules.
 FLOAT32_PARTS = ("time_embedder", "scale_shift_table", "norm1", "norm2", "norm3")
+SKIPPED = (r"\.position_ids$", r"^visual_projection\.")
 DEFAULT_SHIFT = 5.0
 
 
@@ -70,7 +72,7 @@ def load(
         text_encoder = parts.text_encoder(dtype, device)
         tokenizer = _load_tokenizer(parts.tokenizer)
     if parts.text_files:
-        text_fingerprint = fingerprint(parts.text_files)
+        text_fingerprint = f"{fingerprint(parts.text_files)}:{dtype or 'auto'}"
     shift = options.pop("shift", parts.shift)
     spec = dataclasses.replace(_spec(folder.resolve().name, transformer, vae), **options)
     image_encoder = None if parts.image_encoder is None else lambda: parts.image_encoder(dtype, "cpu")
@@ -95,7 +97,7 @@ class _Parts:
 
 def _diffusers_parts(folder: Path) -> _Parts:
     index = read_json(folder / "model_index.json")
-    if index.get("transformer_2", [None])[0] is not None or index.get("boundary_ratio") is not None:
+    if (index.get("transformer_2") or [None])[0] is not None or index.get("boundary_ratio") is not None:
         raise ModelFileError(f"{folder} is a Wan2.2 model with two experts; supported are models with one transformer")
     if index.get("expand_timesteps"):
         raise ModelFileError(f"{folder} is a Wan2.2 TI2V model; supported are Wan2.1 models")
@@ -203,8 +205,13 @@ def _fit_names(tensors: Mapping[str, Tensor], module: nn.Module) -> dict[str, Te
         one = fitted.get(source, fitted.get(tied))
         if one is not None:
             fitted[tied] = fitted[source] = one
-    # Some exports list position numbers, which every release computes for itself.
-    return {name: tensor for name, tensor in fitted.items() if name in expected or not name.endswith(".position_ids")}
+    # What the library itself skips, position numbers (computed by every release), and CLIP's projection.
+    skipped = (*(getattr(module, "_keys_to_ignore_on_load_unexpected", None) or ()), *SKIPPED)
+    return {
+        name: tensor
+        for name, tensor in fitted.items()
+        if name in expected or not any(re.search(pattern, name) for pattern in skipped)
+    }
 
 
 def _build_transformer(config: Mapping[str, Any]) -> nn.Module:
