@@ -35,8 +35,8 @@ class ApplyRewardLora(io.ComfyNode):
             node_id="RewardLoraApplyRewardLora",
             display_name="Apply Reward LoRA",
             category="Reward LoRA/lora",
-            description="Uses a LoRA with a video model, at a strength. Nothing is merged: the loaded model stays as it "
-            "is, and several of these nodes may follow each other. Reports how many modules of the LoRA matched.",
+            description="Uses a LoRA with a video model, at a strength. Nothing is merged: the loaded model stays as "
+            "it is, and several of these nodes may follow each other. Reports how many modules of the LoRA matched.",
             inputs=[
                 VideoModelType.Input("video_model", tooltip="From Load Video Model or another Apply Reward LoRA."),
                 io.Combo.Input(
@@ -94,8 +94,8 @@ class SaveRewardLora(io.ComfyNode):
             node_id="RewardLoraSaveRewardLora",
             display_name="Save Reward LoRA",
             category="Reward LoRA/lora",
-            description="Writes a LoRA into the output folder, with the workflow that made it in its metadata. ComfyUI's "
-            "own LoRA loaders and diffusers read the file too.",
+            description="Writes a LoRA into the output folder, with the workflow that made it in its metadata. "
+            "ComfyUI's own LoRA loaders and diffusers read the file too.",
             inputs=[
                 LoraType.Input("lora", tooltip="From Train Reward LoRA."),
                 io.String.Input(

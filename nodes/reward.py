@@ -57,7 +57,8 @@ class ScoreFrames(io.ComfyNode):
             node_id="RewardLoraScoreFrames",
             display_name="Score Frames",
             category="Reward LoRA/reward",
-            description="Asks a reward how good a clip or a picture is. Higher is better; the scale is the reward's own.",
+            description="Asks a reward how good a clip or a picture is. Higher is better; the scale is the "
+            "reward's own.",
             inputs=[
                 RewardType.Input("reward", tooltip="From Load Reward."),
                 io.Image.Input("images", tooltip="The frames of one clip, or one picture."),
@@ -81,9 +82,7 @@ class ScoreFrames(io.ComfyNode):
         judge, progress = reward.reward, Progress(1, cls.hidden.unique_id)
         with engine(), on_device(reward=judge):
             if "reference" in judge.needs:
-                raise ValueError(
-                    f"the reward {judge.name} compares with a reference video, which this node cannot give"
-                )
+                raise ValueError(f"the reward {judge.name} needs a reference video, which this node cannot give")
             if "prompt" in judge.needs and not prompt.strip():
                 raise ValueError(f"the reward {judge.name} needs a prompt; write what the frames should show")
             progress("reward")

@@ -3,33 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-from contextlib import closing
-from pathlib import Path
 
-import folder_paths
-import numpy as np
-import torch
 from comfy_api.latest import io
-from PIL import Image
-from torch import Tensor
 
-from ..files import canonical_json
-from ..lora.adapter import LoraUse, applied
-from ..lora.files import LoraFile
-from ..training.checkpoint import list_checkpoints
-from ..training.config import TrainConfig
-from ..training.media import contact_sheet, write_png
 from ..training.prompts import read_prompts
-from ..training.sample import sample_prompt
-from ..training.seeds import seed_for
-from ..training.trainer import Evaluation, StepEvent, Trainer
 from . import folders, train_widgets
-from .bridge import Progress, engine, make_room, on_device, picture_to_image, to_images
-from .lora import load_lora
+from .bridge import Progress, engine
+from .train_run import TrainingRun
 from .types import LoadedModel, LoadedReward, LoraType, RewardType, VideoModelType
-
-REDRAW = 5.0
-"""Seconds between drawings of the live preview."""
 
 
 def split_lines(text: str) -> list[str]:
@@ -60,7 +41,8 @@ class TrainRewardLora(io.ComfyNode):
                     "prompt_file",
                     default="",
                     optional=True,
-                    tooltip="More prompts: a .txt (one a line) or .jsonl file; its path, or its name in the input folder.",
+                    tooltip="More prompts: a .txt (one a line) or .jsonl file, by its path or its name in the "
+                    "input folder.",
                 ),
                 io.String.Input(
                     "sample_prompts",
@@ -120,153 +102,5 @@ class TrainRewardLora(io.ComfyNode):
             if not texts:
                 raise ValueError("training needs at least one prompt; write them one a line, or give a prompt file")
             config = train_widgets.config_from(widgets, advanced).for_model(video_model.model.spec)
-            run = _Run(video_model, reward, texts, split_lines(sample_prompts), config, prefix)
+            run = TrainingRun(video_model, reward, texts, split_lines(sample_prompts), config, prefix)
             return run.execute(Progress(config.steps, cls.hidden.unique_id))
-
-
-class _Run:
-    """One run of the trainer, and what the node shows of it.
-
-    Args:
-        loaded: The model and the LoRAs that stay applied.
-        reward: What shall rise.
-        prompts: To train on.
-        samples: To evaluate on; the first training prompts if there are none.
-        config: Settings with every default filled in.
-        prefix: Start of the folder's name.
-    """
-
-    def __init__(
-        self,
-        loaded: LoadedModel,
-        reward: LoadedReward,
-        prompts: list[str],
-        samples: list[str],
-        config: TrainConfig,
-        prefix: str,
-    ) -> None:
-        self.loaded, self.reward, self.prompts, self.config = loaded, reward, prompts, config
-        self.samples = (samples or prompts)[: config.sample_count]
-        self.folder = self._choose_folder(folders.check_prefix(prefix), samples)
-        self.first: Evaluation | None = None
-        self.last: Evaluation | None = None
-
-    def _choose_folder(self, prefix: Path, samples: list[str]) -> Path:
-        """The same settings always meet the same folder, and so their own checkpoint."""
-        what = [self.config.decisive(), self.loaded.fingerprint(), self.reward.identity, self.prompts, samples]
-        digits = hashlib.sha256(canonical_json(what).encode()).hexdigest()[:8]
-        folder = prefix.with_name(f"{prefix.name}_{digits}")
-        newest = list_checkpoints(folder)[-1:]
-        if newest and int(newest[0].stem.rpartition("-")[2]) > self.config.steps:
-            return folder.with_name(f"{folder.name}_{self.config.steps}")  # that run has gone further already
-        return folder
-
-    def execute(self, progress: Progress) -> io.NodeOutput:
-        """Train, then gather what the node gives."""
-        model, config = self.loaded.model, self.config
-        cache = Path(folder_paths.get_temp_directory(), "reward_lora_text")
-        with on_device(model, self.reward.reward), applied(model, self.loaded.uses):
-            trainer = Trainer(
-                model,
-                self.reward.reward,
-                self.prompts,
-                config,
-                self.folder,
-                sample_prompts=self.samples,
-                cache=cache,
-                tick=progress,
-            )
-            seconds, skipped, drawn = 0.0, 0, 0.0
-            with closing(iter(trainer)) as events:
-                for event in events:
-                    seconds, skipped = seconds + event.seconds, skipped + bool(event.skipped)
-                    if event.evaluation:
-                        self.first = self.first if event.step else event.evaluation
-                        self.last = event.evaluation
-                    picture = None
-                    if event.evaluation or seconds - drawn > REDRAW:
-                        picture, drawn = self._picture(trainer, f"step {event.step}"), seconds
-                    progress.show(event.step, picture, _line(event))
-            lora = load_lora(trainer.lora_path)
-            before, after = self._clips(lora, progress)
-        curve, picture = trainer.curve(), self._picture(trainer, f"step {config.steps}", before, after)
-        overview = write_png(self.folder / "overview.png", picture)
-        summary = self._summary(seconds, skipped)
-        progress.show(config.steps, picture, summary)  # the last live preview stays on the node
-        kept = [trainer.lora_path, self.folder / "reward.png", self.folder / "log.jsonl"]
-        kept += sorted((self.folder / "samples").glob("*.mp4"))
-        return io.NodeOutput(
-            lora,
-            picture_to_image(curve),
-            to_images(before),
-            to_images(after),
-            summary,
-            ui={"images": folders.listed(overview), "files": folders.listed(*kept), "text": [summary]},
-        )
-
-    def _clips(self, lora: LoraFile, progress: Progress) -> tuple[Tensor, Tensor]:
-        """The samples without and with the LoRA; painted now if the run did not, as when it went on from a checkpoint."""
-        before = self.first.frames if self.first else self._paint(progress)
-        if self.last and self.last is not self.first:
-            return before, self.last.frames
-        with applied(self.loaded.model, [LoraUse(lora, 1.0)]):
-            return before, self._paint(progress)
-
-    def _paint(self, progress: Progress) -> Tensor:
-        """The samples, with the seeds the trainer evaluates on."""
-        c, model = self.config, self.loaded.model
-
-        def tick(phase: str) -> None:
-            make_room(model, phase)
-            progress(phase)
-
-        clips = []
-        for index, prompt in enumerate(self.samples):
-            clip = sample_prompt(
-                model,
-                prompt,
-                seed_for("sample", c.seed, index),
-                negative_prompt=c.negative_prompt,
-                width=c.width,
-                height=c.height,
-                frames=c.frames,
-                steps=c.sampler_steps,
-                guidance_scale=c.guidance_scale,
-                tick=tick,
-            )
-            clips.append(clip.cpu())
-        return torch.cat(clips)
-
-    def _picture(self, trainer: Trainer, label: str, before: Tensor | None = None, after: Tensor | None = None):
-        """The reward curve over the samples before and now, ``[H, W, 3]`` uint8."""
-        curve = trainer.curve()
-        before = before if before is not None else self.first and self.first.frames
-        after = after if after is not None else self.last and self.last.frames
-        rows = [(name, clips) for name, clips in (("before", before), (label, after)) if clips is not None]
-        if not rows:
-            return curve
-        sheet = contact_sheet([clips for _, clips in rows], [name for name, _ in rows], self.samples)
-        height = round(sheet.shape[0] * curve.shape[1] / sheet.shape[1])
-        sheet = np.asarray(Image.fromarray(sheet).resize((curve.shape[1], height), Image.Resampling.LANCZOS))
-        return np.concatenate([curve, sheet])
-
-    def _summary(self, seconds: float, skipped: int) -> str:
-        text = f"{self.config.steps} steps on {len(self.prompts)} prompts"
-        if seconds:
-            text += f" in {seconds:.0f} s"
-        if self.first and self.last:
-            name = self.reward.reward.name
-            text += f"; {name} on {len(self.samples)} fixed prompts {self.first.reward:.4f} -> {self.last.reward:.4f}"
-        if skipped:
-            text += f"; {skipped} steps skipped, see log.jsonl"
-        return f"{text}; files in output/{folders.listed(self.folder / 'log.jsonl')[0]['subfolder']}"
-
-
-def _line(event: StepEvent) -> str:
-    """What the node shows while it trains."""
-    text = f"step {event.step} of {event.steps}"
-    if event.step:
-        text += f", reward {event.reward:.4f}, gradient {event.grad_norm:.3g}, {event.seconds:.1f} s a step"
-    if event.evaluation:
-        text += f", {event.evaluation.reward:.4f} on fixed prompts"
-    return text + (f", skipped: {event.skipped}" if event.skipped else "")
