@@ -101,6 +101,14 @@ def test_a_pickle_called_safetensors_is_refused_and_runs_nothing(tmp_path):
     assert not trace.exists()
 
 
+@pytest.mark.parametrize("length", [0x80, 0x4B50])
+def test_a_header_whose_length_looks_like_a_pickle_is_read(tmp_path, length):
+    path = tmp_path / "model.safetensors"
+    header = b'{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}'
+    path.write_bytes(length.to_bytes(8, "little") + header.ljust(length) + bytes(4))
+    assert read_weights(path)["a"].tolist() == [0]
+
+
 @pytest.mark.parametrize("zipped", [True, False])
 def test_a_pth_with_code_is_refused_and_runs_nothing(tmp_path, zipped):
     path, trace = tmp_path / "model.pth", tmp_path / "executed"

@@ -331,6 +331,13 @@ def test_original_layout_loads(original_t2v):
     assert not any(p.requires_grad for p in model.transformer.parameters())
 
 
+def test_a_model_loaded_under_inference_mode_can_carry_gradients(original_t2v):
+    with torch.inference_mode():  # as ComfyUI runs its nodes
+        model = load_video_model(original_t2v)
+    parameters = [*model.transformer.parameters(), *model.vae.parameters(), *model.transformer.buffers()]
+    assert not any(parameter.is_inference() for parameter in parameters)
+
+
 def test_both_layouts_give_the_same_model(original_t2v, diffusers_t2v):
     first, second = load_video_model(original_t2v), load_video_model(diffusers_t2v)
     second._shift = first._shift

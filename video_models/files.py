@@ -171,13 +171,13 @@ def _check_safetensors(path: Path) -> None:
     size = _existing(path).stat().st_size
     with path.open("rb") as file:
         start = file.read(9)
-        if start[:1] == b"\x80" or start[:2] == b"PK":
-            raise ModelFileError(
-                f"{path} is a pickle, not safetensors, and a pickle can run code, so it is not opened; "
-                "get the safetensors file from the publisher"
-            )
         length = int.from_bytes(start[:8], "little")
-        if len(start) < 9 or start[8:] != b"{" or length > 100 << 20:
+        if start[8:] != b"{" or length > 100 << 20:
+            if start[:1] == b"\x80" or start[:2] == b"PK":  # a header's length may begin so as well
+                raise ModelFileError(
+                    f"{path} is a pickle, not safetensors, and a pickle can run code, so it is not opened; "
+                    "get the safetensors file from the publisher"
+                )
             raise ModelFileError(f"{path} is not a safetensors file ({size} bytes); download it again")
         file.seek(8)
         header = file.read(length)
