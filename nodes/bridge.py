@@ -29,6 +29,8 @@ HEARTBEAT = 1.0
 class RewardLoraError(Exception):
     """What the user gave cannot be used; the message is one sentence that says why and what to do."""
 
+    __module__ = "reward_lora"  # ComfyUI shows it to the user, and ours is a path
+
 
 @contextmanager
 def engine() -> Iterator[None]:

@@ -49,15 +49,13 @@ def reward_folder(name: str) -> Path | None:
 
 
 def list_loras() -> list[str]:
-    """LoRA files: the built-in one, those of ``models/loras``, and those in the output folder."""
+    """LoRA files: the built-in one, those every LoRA loader lists, and those elsewhere in the output folder."""
     output = Path(folder_paths.get_output_directory())
-    made = {
-        path for pattern in ("*.safetensors", "*/*.safetensors", "*/*/*.safetensors") for path in output.glob(pattern)
-    }
-    made = sorted(
-        (path for path in made if not path.name.startswith(("checkpoint-", "."))),
-        key=lambda path: -path.stat().st_mtime,
-    )
+    known = {Path(folder).resolve() for folder in folder_paths.get_folder_paths("loras")}  # output/loras is one
+    depths = ("*.safetensors", "*/*.safetensors", "*/*/*.safetensors")
+    made = [path for pattern in depths for path in output.glob(pattern) if not known & set(path.resolve().parents)]
+    made = [path for path in made if not path.name.startswith(("checkpoint-", "."))]
+    made.sort(key=lambda path: -path.stat().st_mtime)
     return [
         CONNECTED,
         BUILTIN_LORA,
@@ -83,9 +81,10 @@ def lora_path(entry: str) -> Path:
     raise ValueError(f"there is no LoRA {entry!r} in models/loras or in the output folder; choose one from the list")
 
 
-def input_path(name: str) -> Path:
-    """A file given by its whole path, or by its name in ComfyUI's input folder."""
-    return Path(folder_paths.get_input_directory(), name.strip().strip('"'))
+def prompt_path(name: str) -> Path:
+    """A prompt file: ``builtin``, its name in ComfyUI's input folder, or its whole path."""
+    name = name.strip().strip('"')
+    return ASSETS / "prompts_train.txt" if name == BUILTIN else Path(folder_paths.get_input_directory(), name)
 
 
 def check_prefix(prefix: str) -> Path:

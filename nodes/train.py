@@ -41,8 +41,8 @@ class TrainRewardLora(io.ComfyNode):
                     "prompt_file",
                     default="",
                     optional=True,
-                    tooltip="More prompts: a .txt (one a line) or .jsonl file, by its path or its name in the "
-                    "input folder.",
+                    tooltip="More prompts, from a .txt (one a line) or .jsonl file: its name in the input folder, or its path. "
+                    "'builtin' holds those of the built-in model's world.",
                 ),
                 io.String.Input(
                     "sample_prompts",
@@ -80,7 +80,7 @@ class TrainRewardLora(io.ComfyNode):
     @classmethod
     def fingerprint_inputs(cls, prompt_file: str = "", **_others) -> str:
         """A prompt file that was edited is read again."""
-        path = folders.input_path(prompt_file or "")
+        path = folders.prompt_path(prompt_file or "")
         return hashlib.sha256(path.read_bytes()).hexdigest() if prompt_file and path.is_file() else ""
 
     @classmethod
@@ -98,7 +98,7 @@ class TrainRewardLora(io.ComfyNode):
         with engine():
             texts = split_lines(prompts)
             if prompt_file.strip():
-                texts += read_prompts(folders.input_path(prompt_file))
+                texts += read_prompts(folders.prompt_path(prompt_file))
             if not texts:
                 raise ValueError("training needs at least one prompt; write them one a line, or give a prompt file")
             config = train_widgets.config_from(widgets, advanced).for_model(video_model.model.spec)

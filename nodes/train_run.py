@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from contextlib import closing
 from pathlib import Path
 
@@ -83,10 +84,14 @@ class TrainingRun:
                 cache=cache,
                 tick=progress,
             )
-            seconds, skipped, drawn = 0.0, 0, 0.0
+            made, seconds, skipped, drawn = 0, 0.0, 0, 0.0
             with closing(iter(trainer)) as events:
                 for event in events:
-                    seconds, skipped = seconds + event.seconds, skipped + bool(event.skipped)
+                    made, seconds, skipped = (
+                        made + (event.step > 0),
+                        seconds + event.seconds,
+                        skipped + bool(event.skipped),
+                    )
                     if event.evaluation:
                         self.first = self.first if event.step else event.evaluation
                         self.last = event.evaluation
@@ -98,7 +103,7 @@ class TrainingRun:
             before, after = self._clips(lora, progress)
         curve, picture = trainer.curve(), self._picture(trainer, f"step {config.steps}", before, after)
         overview = write_png(self.folder / "overview.png", picture)
-        summary = self._summary(seconds, skipped)
+        summary = self._summary(made, seconds, skipped)
         progress.show(config.steps, picture, summary)  # the last live preview stays on the node
         kept = [trainer.lora_path, self.folder / "reward.png", self.folder / "log.jsonl"]
         kept += sorted((self.folder / "samples").glob("*.mp4"))
@@ -157,13 +162,13 @@ class TrainingRun:
         sheet = np.asarray(Image.fromarray(sheet).resize((curve.shape[1], height), Image.Resampling.LANCZOS))
         return np.concatenate([curve, sheet])
 
-    def _summary(self, seconds: float, skipped: int) -> str:
-        text = f"{self.config.steps} steps on {len(self.prompts)} prompts"
-        if seconds:
-            text += f" in {seconds:.0f} s"
-        if self.first and self.last:
+    def _summary(self, made: int, seconds: float, skipped: int) -> str:
+        text = f"{self.config.steps} steps on {len(self.prompts)} prompts, {made} of them now in {seconds:.0f} s"
+        records = [json.loads(line) for line in (self.folder / "log.jsonl").read_text(encoding="utf-8").splitlines()]
+        rewards = [record["evaluation"] for record in records if record.get("evaluation") is not None]
+        if len(rewards) > 1:
             name = self.reward.reward.name
-            text += f"; {name} on {len(self.samples)} fixed prompts {self.first.reward:.4f} -> {self.last.reward:.4f}"
+            text += f"; {name} on {len(self.samples)} fixed prompts {rewards[0]:.4f} -> {rewards[-1]:.4f}"
         if skipped:
             text += f"; {skipped} steps skipped, see log.jsonl"
         return f"{text}; files in output/{folders.listed(self.folder / 'log.jsonl')[0]['subfolder']}"
