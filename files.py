@@ -48,7 +48,26 @@ def write_safetensors(path: Path | str, tensors: Mapping[str, Tensor], metadata:
     from safetensors.torch import save_file
 
     tensors = {key: tensors[key].contiguous() for key in sorted(tensors)}
-    return write_atomically(path, lambda target: save_file(tensors, target, metadata=dict(metadata)))
+
+    def write(target: Path) -> None:
+        save_file(tensors, target, metadata=dict(metadata))
+        _sort_header(target)
+
+    return write_atomically(path, write)
+
+
+def _sort_header(path: Path) -> None:
+    """Equal content, equal bytes: the library writes the metadata's keys in a random order."""
+    with path.open("rb+") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+        metadata = header.pop("__metadata__", {})
+        header = {"__metadata__": dict(sorted(metadata.items())), **header}
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        if len(text) > length:
+            raise ValueError(f"the header of {path.name} does not fit its place")
+        file.seek(8)
+        file.write(text.ljust(length))
 
 
 def write_text(path: Path | str, text: str) -> Path:

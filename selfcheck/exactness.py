@@ -40,7 +40,7 @@ class ToyReward:
     name, differentiable, needs = "toy", True, frozenset()
 
     def score(self, frames: Tensor, prompts: Sequence[str], *, reference: Tensor | None = None) -> Tensor:
-        weight = torch.linspace(-1, 1, frames[0].numel(), dtype=frames.dtype).view_as(frames[0])
+        weight = torch.linspace(-1, 1, frames[0].numel(), dtype=frames.dtype, device=frames.device).view_as(frames[0])
         return ((frames * weight).flatten(1).mean(1) * 3).sin() + frames.flatten(1).square().mean(1)
 
 
@@ -64,14 +64,16 @@ def tiny_wan(seed: int = 0, dtype: torch.dtype = torch.float64):
     return WanModel(spec, to(transformer, dtype), to(vae, dtype), shift=5.0)
 
 
-def one_graph(walk: Walk, x: Tensor, plan: Plan, reward, objective: Objective, coupling: float) -> Tensor:
+def one_graph(
+    walk: Walk, x: Tensor, plan: Plan, reward, objective: Objective, coupling: float, judged_latents: int | None = None
+) -> Tensor:
     """The reference: every step in one autograd graph, untrained steps detached, one backward."""
     for i in range(len(plan.sigmas) - 1):
         sigma, sigma_next = plan.sigmas[i], plan.sigmas[i + 1]
-        seen = coupling * x + (1 - coupling) * x.detach() if coupling else x.detach()
+        seen = x if coupling == 1 else coupling * x + (1 - coupling) * x.detach() if coupling else x.detach()
         prediction = walk.predict(seen, sigma)
         x = walk.model.step(x, prediction if i in plan.trained else prediction.detach(), sigma, sigma_next)
-    frames = walk.model.decode(x)
+    frames = walk.model.decode(x[:, :, :judged_latents])
     objective(reward.score(frames, [""] * x.shape[0])).mean().backward()
     return x.detach()
 

@@ -55,7 +55,7 @@ class TrainConfig:
         sampler_steps: Solver steps of the rollout; 0 takes the model's default.
         guidance_scale: Classifier-free guidance of the rollout; 0 takes the model's default, 1 turns it off.
         negative_prompt: What guidance leads away from.
-        batched_guidance: Both guidance branches in one call; off halves the memory of a step.
+        batched_guidance: Both guidance branches in one call of the rollout; off saves memory there.
         backprop: Which solver steps are trained.
         judged_latents: How many latent frames, from the first, are decoded and judged; 0 is all.
         judged_frames: How many of the decoded frames the reward sees, spread evenly; 0 is all.

@@ -8,7 +8,7 @@ settings of the same walk; see :class:`.schedule.BackpropSchedule`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -22,13 +22,6 @@ from .schedule import Plan
 def silent(phase: str) -> None: ...
 
 
-def _branches(conditioning: Conditioning, guidance_scale: float) -> list[tuple[float, Mapping[str, Tensor]]]:
-    """Guidance branches with their weights in ``u + s * (c - u)``; one alone at scale 1."""
-    if conditioning.negative is None or guidance_scale == 1:
-        return [(1.0, conditioning.positive)]
-    return [(1 - guidance_scale, conditioning.negative), (guidance_scale, conditioning.positive)]
-
-
 @dataclass(frozen=True)
 class Walk:
     """How to walk from noise to video: everything a rollout and its replay share.
@@ -37,7 +30,8 @@ class Walk:
         model: The video model, with its LoRA injected.
         conditioning: Of the whole batch.
         guidance_scale: Weight of classifier-free guidance; 1 leaves the negative branch out.
-        batched_guidance: Both branches in one call (faster), or one after the other (half the memory).
+        batched_guidance: Both branches in one call of the rollout, or one after the other. The replay always
+            takes them one after the other: the gradient is linear in them, and one needs half the memory.
         tick: Called before every call of a large model.
     """
 
@@ -47,22 +41,21 @@ class Walk:
     batched_guidance: bool = True
     tick: Tick = silent
 
-    def predictions(self, x: Tensor, sigma: Tensor) -> list[tuple[float, Callable[[], Tensor]]]:
-        """Weighted parts whose sum is the guided prediction; each computes when called."""
-        branches = _branches(self.conditioning, self.guidance_scale)
-        if not self.batched_guidance or len(branches) == 1:
-            return [(w, lambda b=b: self.model.predict(x, sigma, b)) for w, b in branches]
-
-        def both() -> Tensor:
-            joined = {key: torch.cat([b[key] for _, b in branches]) for key in branches[0][1]}
-            parts = self.model.predict(torch.cat([x] * len(branches)), sigma, joined).chunk(len(branches))
-            return sum(w * part for (w, _), part in zip(branches, parts, strict=True))
-
-        return [(1.0, both)]
+    def branches(self) -> list[tuple[float, Mapping[str, Tensor]]]:
+        """Guidance branches with their weights in ``u + s * (c - u)``; one alone at scale 1."""
+        scale, conditioning = self.guidance_scale, self.conditioning
+        if conditioning.negative is None or scale == 1:
+            return [(1.0, conditioning.positive)]
+        return [(1 - scale, conditioning.negative), (scale, conditioning.positive)]
 
     def predict(self, x: Tensor, sigma: Tensor) -> Tensor:
         """The guided prediction."""
-        return sum(w * part() for w, part in self.predictions(x, sigma))
+        branches = self.branches()
+        if not self.batched_guidance or len(branches) == 1:
+            return sum(weight * self.model.predict(x, sigma, branch) for weight, branch in branches)
+        joined = {key: torch.cat([branch[key] for _, branch in branches]) for key in branches[0][1]}
+        parts = self.model.predict(torch.cat([x] * len(branches)), sigma, joined).chunk(len(branches))
+        return sum(weight * part for (weight, _), part in zip(branches, parts, strict=True))
 
 
 @torch.no_grad()
@@ -201,8 +194,8 @@ def replay(walk: Walk, kept: Mapping[int, Tensor], plan: Plan, gradient: Tensor,
         # Only a step with a trained one before it has anybody to pass a gradient to.
         x = kept[i].detach().requires_grad_(coupling > 0 and i > first)
         with torch.enable_grad():
-            for weight, part in walk.predictions(x, sigma):
+            for weight, branch in walk.branches():
                 walk.tick("replay")
-                torch.autograd.backward(part(), weight * to_prediction)
+                torch.autograd.backward(walk.model.predict(x, sigma, branch), weight * to_prediction)
         if x.grad is not None:
             gradient = gradient + coupling * x.grad

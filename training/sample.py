@@ -30,3 +30,34 @@ def sample(
     latents, _ = rollout(walk, noise, Plan(model.sigmas(steps), ()))
     tick("decode")
     return model.decode(latents).float()
+
+
+def sample_prompt(
+    model: VideoModel,
+    prompt: str,
+    seed: int,
+    *,
+    negative_prompt: str = "",
+    width: int = 0,
+    height: int = 0,
+    frames: int = 0,
+    steps: int = 0,
+    guidance_scale: float = 0.0,
+    start_image: Tensor | None = None,
+    end_image: Tensor | None = None,
+    tick: Tick = silent,
+) -> Tensor:
+    """One video ``[1, 3, T, H, W]`` of one prompt; 0 takes the model's default for any number.
+
+    Raises:
+        ValueError: A size or frame count the model does not have, naming the nearest it has.
+    """
+    spec = model.spec
+    shape = spec.latent_shape(width or spec.width, height or spec.height, frames or spec.frames)
+    scale = guidance_scale or spec.guidance_scale
+    tick("text")
+    negative = model.encode_text([negative_prompt]) if scale != 1 else None
+    conditioning = model.conditioning(
+        model.encode_text([prompt]), negative, shape, start_image=start_image, end_image=end_image
+    )
+    return sample(model, conditioning, [seed], shape, steps or spec.steps, scale, tick=tick)

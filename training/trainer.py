@@ -152,6 +152,8 @@ class Trainer:
     def __iter__(self) -> Iterator[StepEvent]:
         c = self.config
         self.folder.mkdir(parents=True, exist_ok=True)
+        for partial in self.folder.rglob(".*.partial"):  # half-written when an earlier run was killed
+            partial.unlink()
         self._encode_prompts()
         network = self.model.denoisers[self._expert]
         adapter = inject_new(network, c.lora_targets, c.rank, c.network_alpha, seed_for("lora", c.seed))

@@ -1,0 +1,126 @@
+"""The engine's gradient is the autograd graph's, and the check would notice if it were not."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from reward_lora.lora.adapter import inject_new
+from reward_lora.selfcheck import exactness
+from reward_lora.training.gradient import Objective, Walk, judge, pick_frames, replay, rollout
+from reward_lora.training.schedule import BackpropSchedule, Plan
+
+
+def test_replay_equals_one_graph_in_float64_for_every_schedule():
+    lines = list(exactness.check())
+    assert len(lines) == len(exactness.SCHEDULES)
+    assert [str(line) for line in lines if line.failed] == []
+
+
+@pytest.fixture
+def step():
+    """A replayed step as a function of what may be broken."""
+    model = exactness.tiny_wan()
+    adapter = inject_new(model.transformer, ("all-linear",), rank=2, alpha=2.0, seed=1)
+    with torch.no_grad():
+        for parameter in adapter.parameters().values():
+            parameter.copy_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(2)) * 0.2)
+    text = torch.randn(4, 8, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    walk = Walk(model, model.conditioning([text], [text * 0], exactness.LATENT_SHAPE), 3.0)
+    noise = model.initial_latents(exactness.LATENT_SHAPE, [4]).double()
+    plan = Plan(model.sigmas(exactness.STEPS), (2, 4))
+
+    def run(coupling=1.0, trained=(2, 4), guidance=3.0):
+        ours = replace(walk, guidance_scale=guidance)
+        final, kept = rollout(walk, noise, Plan(plan.sigmas, tuple({2, 4, *trained})))
+        verdict = judge(walk, final, exactness.ToyReward(), [""], Objective(), judged_latents=0)
+        replay(ours, kept, Plan(plan.sigmas, trained), verdict.gradient, coupling)
+        return exactness.gradients(adapter)
+
+    exactness.one_graph(walk, noise, plan, exactness.ToyReward(), Objective(), 1.0)
+    return run, exactness.gradients(adapter)
+
+
+@pytest.mark.parametrize(
+    "broken", [{"coupling": 0.0}, {"coupling": 0.9}, {"trained": (4,)}, {"trained": (2, 5)}, {"guidance": 4.0}]
+)
+def test_the_comparison_notices_a_wrong_gradient(step, broken):
+    run, reference = step
+    assert exactness.relative_error(run(), reference) < 1e-12
+    assert exactness.relative_error(run(**broken), reference) > 1e-3
+
+
+def test_objective():
+    rewards = torch.tensor([0.2, 1.5])
+    assert Objective()(rewards).tolist() == pytest.approx([-0.2, -1.5])
+    assert Objective(1.0, 2.0)(rewards).tolist() == pytest.approx([1.6, 0.0])
+    assert Objective(1.0, 1.0, hinge=False)(rewards).tolist() == pytest.approx([0.8, 0.5])
+
+
+def test_pick_frames_spreads_from_first_to_last():
+    frames = torch.arange(9.0).view(1, 1, 9, 1, 1)
+    assert pick_frames(frames, 3).flatten().tolist() == [0, 4, 8]
+    assert pick_frames(frames, 1).flatten().tolist() == [0]
+    assert pick_frames(frames, 0).shape[2] == pick_frames(frames, 20).shape[2] == 9
+
+
+def test_a_reward_without_gradient_is_refused(wan):
+    class Blind(exactness.ToyReward):
+        def score(self, frames, prompts, *, reference=None):
+            return super().score(frames.detach(), prompts)
+
+    walk = Walk(wan, wan.conditioning([torch.zeros(2, 8)], None, exactness.LATENT_SHAPE), 1.0)
+    latents = wan.initial_latents(exactness.LATENT_SHAPE, [0])
+    with pytest.raises(ValueError, match="can score but not train"):
+        judge(walk, latents, Blind(), [""], Objective())
+
+
+def test_rollout_of_a_batch_equals_its_samples_alone(wan):
+    texts = wan.encode_text(["a", "bb", "ccc"])
+    negative = wan.encode_text([""]) * 3
+    noise = wan.initial_latents(exactness.LATENT_SHAPE, [1, 2, 3])
+    plan = Plan(wan.sigmas(4), ())
+    together, _ = rollout(Walk(wan, wan.conditioning(texts, negative, exactness.LATENT_SHAPE), 5.0), noise, plan)
+    for i in range(3):
+        alone = Walk(wan, wan.conditioning(texts[i : i + 1], negative[:1], exactness.LATENT_SHAPE), 5.0)
+        final, _ = rollout(alone, noise[i : i + 1], plan)
+        torch.testing.assert_close(final[0], together[i], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("strategy", ["last", "tail", "uniform", "random"])
+def test_schedules_draw_valid_steps(strategy):
+    sigmas = torch.linspace(1, 0, 11)
+    schedule = BackpropSchedule(strategy, 3)
+    drawn = {schedule.draw(sigmas, seed).trained for seed in range(200)}
+    assert all(t == tuple(sorted(set(t))) and t[0] >= 0 and t[-1] <= 9 for t in drawn)
+    assert all(len(t) == (1 if strategy == "last" else 3) for t in drawn)
+    assert (len(drawn) == 1) == (strategy in ("last", "tail"))
+    if strategy == "uniform":
+        assert all(t[1] - t[0] == t[2] - t[1] == 3 for t in drawn)
+        assert {t[-1] for t in drawn} == {6, 7, 8, 9}
+
+
+def test_x0_judge_stops_at_the_last_trained_step():
+    plan = BackpropSchedule("list", step_list=(1, 3), judge="x0").draw(torch.linspace(1, 0, 11), 0)
+    assert plan.trained == (1, 3)
+    assert len(plan.sigmas) == 5
+    assert plan.sigmas[-1] == 0
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"strategy": "first"}, "strategy must be one of"),
+        ({"coupling": 1.5}, "0..1"),
+        ({"num_steps": 0}, "at least 1"),
+        ({"strategy": "list"}, "step_list"),
+        ({"strategy": "list", "step_list": (0, 10)}, "0..9"),
+        ({"strategy": "tail", "num_steps": 11}, "at most the 10"),
+        ({"strategy": "random", "num_steps": 3, "start": 8}, "cannot draw 3"),
+        ({"strategy": "random", "num_steps": 1, "end": 10}, "start and end"),
+    ],
+)
+def test_bad_schedules_say_what_is_allowed(settings, words):
+    with pytest.raises(ValueError, match=words):
+        BackpropSchedule(**settings).draw(torch.linspace(1, 0, 11), 0)

@@ -1,0 +1,245 @@
+"""The loop: it learns, it repeats itself, it loses nothing, and it leaves the model as it was."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import subprocess
+import sys
+import time
+from contextlib import closing
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from reward_lora.lora.files import read_lora
+from reward_lora.selfcheck.exactness import ToyReward
+from reward_lora.training.checkpoint import list_checkpoints
+from reward_lora.training.trainer import Trainer, TrainingStopped
+
+PROMPTS = ["one", "two", "three", "four", "five"]
+
+
+def weights(model):
+    return {key: value.clone() for key, value in model.transformer.state_dict().items()}
+
+
+def same(before, model):
+    after = model.transformer.state_dict()
+    return before.keys() == after.keys() and all(torch.equal(before[k], after[k]) for k in before)
+
+
+def test_events_files_and_restored_model(wan, reward, config, tmp_path):
+    before = weights(wan)
+    trainer = Trainer(wan, reward, PROMPTS, config, tmp_path / "run")
+    events = list(trainer)
+    assert [e.step for e in events] == [0, 1, 2, 3, 4]
+    assert [e.step for e in events if e.evaluation] == [0, 2, 4]
+    assert all(e.grad_norm > 0 and e.seconds > 0 and e.memory > 0 for e in events[1:])
+    assert events[0].evaluation.frames.shape == (2, 3, 3, 8, 8)
+    assert same(before, wan)
+    names = {p.name for p in (tmp_path / "run").iterdir()}
+    assert {"run.safetensors", "log.jsonl", "config.json", "reward.png", "samples"} <= names
+    records = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    assert [r["step"] for r in records] == [0, 1, 2, 3, 4]
+    assert records[0]["reward"] is None
+    assert records[4]["evaluation"] == pytest.approx(events[-1].evaluation.reward)
+    assert len(list((tmp_path / "run" / "samples").glob("*.mp4"))) == 6
+    lora = read_lora(trainer.lora_path)
+    assert lora.metadata["step"] == "4"
+    assert lora.metadata["base_model"] == "tiny random Wan"
+    assert all(float(m.up.abs().max()) > 0 for m in lora.modules.values())
+
+
+def test_training_raises_the_reward_on_fixed_prompts_and_seeds(wan, config, tmp_path):
+    config = replace(config, steps=12, judged_latents=0, sample_every=12, sample_count=5)
+    before, *_, after = list(Trainer(wan, SamePictures(), PROMPTS, config, tmp_path / "run"))
+    gains = [b - a for a, b in zip(before.evaluation.rewards, after.evaluation.rewards, strict=True)]
+    assert min(gains) > 0.001
+
+
+def test_accumulation_takes_batches_one_after_the_other(wan, reward, config, tmp_path):
+    """Two batches of two, accumulated, hold the rewards of two batches and average their gradients."""
+    config = replace(config, steps=1, sample_every=0, max_grad_norm=1e9)
+    rewards, gradients = [], []
+    for batch, accumulation in ((4, 1), (2, 2), (1, 4)):
+        c = replace(config, batch_size=batch, accumulation=accumulation)
+        event = list(Trainer(wan, SamePictures(), ["one"], c, tmp_path / f"{batch}"))[-1]
+        rewards.append(event.reward)
+        gradients.append(event.grad_norm)
+    # The same prompt and, with this reward, gradients that differ by the noise alone: all three are close,
+    # while a sum instead of a mean would be off by factors of 2 and 4.
+    assert max(gradients) / min(gradients) < 1.5
+    assert max(rewards) - min(rewards) < 0.1
+
+
+class SamePictures(ToyReward):
+    """Linear in the pixels, so that every sample's gradient is nearly the same."""
+
+    def score(self, frames, prompts, *, reference=None):
+        return frames.flatten(1).mean(1)
+
+
+def test_leaving_the_loop_saves_and_a_second_run_ends_the_same(wan, reward, config, tmp_path):
+    whole = Trainer(wan, reward, PROMPTS, config, tmp_path / "whole" / "run")
+    list(whole)
+    before = weights(wan)
+    part = Trainer(wan, reward, PROMPTS, config, tmp_path / "part" / "run")
+    with closing(iter(part)) as events:
+        for event in events:
+            if event.step == 3:
+                break
+    assert same(before, wan)
+    assert [p.name for p in list_checkpoints(part.folder)][-1] == "checkpoint-000003.safetensors"
+    assert read_lora(part.lora_path).metadata["step"] == "3"
+    resumed = list(Trainer(wan, reward, PROMPTS, config, part.folder))
+    assert [e.step for e in resumed] == [4]
+    assert part.lora_path.read_bytes() == whole.lora_path.read_bytes()
+    assert [json.loads(line)["step"] for line in (part.folder / "log.jsonl").read_text().splitlines()] == [
+        0,
+        1,
+        2,
+        3,
+        4,
+    ]
+    assert list(Trainer(wan, reward, PROMPTS, config, part.folder)) == []  # finished: nothing is left to do
+    assert part.lora_path.read_bytes() == whole.lora_path.read_bytes()
+
+
+def test_cancel_in_the_middle_of_a_step(wan, reward, config, tmp_path):
+    class Cancelled(BaseException):
+        pass
+
+    calls = []
+
+    def tick(phase):
+        calls.append(phase)
+        if len(calls) == 60:
+            raise Cancelled
+
+    before = weights(wan)
+    trainer = Trainer(wan, reward, PROMPTS, replace(config, steps=50), tmp_path / "run", tick=tick)
+    with pytest.raises(Cancelled):
+        list(trainer)
+    assert {"text", "rollout", "decode", "reward", "replay"} == set(calls)
+    assert same(before, wan)
+    assert list_checkpoints(trainer.folder)
+    assert trainer.lora_path.exists()
+
+
+def test_a_nan_skips_the_step_and_many_stop_the_run(wan, reward, config, tmp_path):
+    class Sick(type(reward)):
+        calls = 0
+
+        def score(self, frames, prompts, *, reference=None):
+            Sick.calls += 1
+            scores = super().score(frames, prompts)
+            return scores * float("nan") if Sick.calls in (2, 4, 5, 6) else scores
+
+    trainer = Trainer(wan, Sick(), PROMPTS, replace(config, steps=20, sample_every=0, max_skipped=3), tmp_path / "run")
+    events = []
+    with pytest.raises(TrainingStopped, match="3 steps in a row were skipped.*not a finite number"):
+        events.extend(iter(trainer))
+    assert [bool(e.skipped) for e in events[1:]] == [False, True, False, True, True, True]
+    assert all(torch.isfinite(m.up).all() for m in read_lora(trainer.lora_path).modules.values())
+
+
+def test_another_run_in_the_folder_is_not_overwritten(wan, reward, config, tmp_path):
+    list(Trainer(wan, reward, PROMPTS, config, tmp_path / "run"))
+    saved = (tmp_path / "run" / "run.safetensors").read_bytes()
+    with pytest.raises(ValueError, match="other settings .learning_rate: 0.01 -> 0.02"):
+        list(Trainer(wan, reward, PROMPTS, replace(config, learning_rate=2e-2), tmp_path / "run"))
+    with pytest.raises(ValueError, match="other settings .prompts"):
+        list(Trainer(wan, reward, PROMPTS[:2], config, tmp_path / "run"))
+    assert (tmp_path / "run" / "run.safetensors").read_bytes() == saved
+    longer = list(Trainer(wan, reward, PROMPTS, replace(config, steps=6), tmp_path / "run"))
+    assert [e.step for e in longer] == [5, 6]
+
+
+def test_a_damaged_checkpoint_falls_back_to_the_one_before(wan, reward, config, tmp_path):
+    trainer = Trainer(wan, reward, PROMPTS, config, tmp_path / "run")
+    list(trainer)
+    final = trainer.lora_path.read_bytes()
+    newest = list_checkpoints(trainer.folder)[-1]
+    newest.write_bytes(newest.read_bytes()[:100])
+    assert [e.step for e in Trainer(wan, reward, PROMPTS, config, trainer.folder)] == [3, 4]
+    assert trainer.lora_path.read_bytes() == final
+
+
+def test_embeddings_come_from_the_cache(wan, reward, config, tmp_path):
+    first = Trainer(wan, reward, PROMPTS, config, tmp_path / "a" / "run", cache=tmp_path / "cache")
+    list(first)
+    assert len(list((tmp_path / "cache").iterdir())) == len(PROMPTS) + 1  # and the negative prompt
+
+    def forbidden(prompts):
+        raise AssertionError("encoded again")
+
+    wan.encode_text = forbidden
+    second = Trainer(wan, reward, PROMPTS, config, tmp_path / "b" / "run", cache=tmp_path / "cache")
+    list(second)
+    assert second.lora_path.read_bytes() == first.lora_path.read_bytes()
+
+
+def test_seed_decides(wan, reward, config, tmp_path):
+    paths = []
+    for seed in (1, 1, 2):
+        trainer = Trainer(wan, reward, PROMPTS, replace(config, seed=seed), tmp_path / str(len(paths)) / "run")
+        list(trainer)
+        paths.append(trainer.lora_path)
+    assert read_bytes(paths[0]) == read_bytes(paths[1]) != read_bytes(paths[2])
+
+
+def read_bytes(path: Path) -> bytes:
+    return path.read_bytes()
+
+
+RUN = """
+import sys
+import torch
+torch.set_num_threads(1)
+from reward_lora.selfcheck.exactness import ToyReward, tiny_wan
+from reward_lora.training.config import TrainConfig
+from reward_lora.training.schedule import BackpropSchedule
+from reward_lora.training.trainer import Trainer
+model = tiny_wan(dtype=torch.float32)
+model.encode_text = lambda prompts: [torch.full((2, 8), len(p) / 10) for p in prompts]
+config = TrainConfig(steps=60, batch_size=2, rank=2, learning_rate=1e-2, backprop=BackpropSchedule("random", 2),
+                     save_every=7, sample_every=20, sample_count=2)
+print("ready", flush=True)
+for event in Trainer(model, ToyReward(), ["a", "bb", "ccc"], config, sys.argv[1]):
+    print(event.step, flush=True)
+print("done", flush=True)
+"""
+
+
+def start(folder: Path) -> subprocess.Popen:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        [sys.executable, "-c", RUN, str(folder)], stdout=subprocess.PIPE, text=True, env=environment
+    )
+
+
+@pytest.mark.slow
+def test_killed_ten_times_the_lora_is_the_same_byte_for_byte(tmp_path):
+    folder = tmp_path / "killed" / "run"
+    undisturbed = start(tmp_path / "whole" / "run")
+    chance, kills = random.Random(0), 0
+    while True:
+        process = start(folder)
+        assert process.stdout.readline().strip() == "ready"
+        if kills < 10:
+            time.sleep(chance.uniform(0.0, 0.9))
+            if process.poll() is None:
+                process.kill()
+                kills += 1
+            process.communicate()
+            continue
+        out, _ = process.communicate(timeout=300)
+        assert process.returncode == 0
+        assert out.endswith("done\n")
+        break
+    assert undisturbed.wait(300) == 0
+    assert (folder / "run.safetensors").read_bytes() == (tmp_path / "whole" / "run" / "run.safetensors").read_bytes()
+    assert not list(folder.glob(".*partial"))  # what a kill left half-written is swept up by the next run
