@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from reward_lora.video_models import ModelFileError, load_video_model, wan_keys
+from reward_lora.video_models import ModelFileError, load_video_model, wan_encoder_keys, wan_keys
 from reward_lora.video_models.protocol import VideoModel
 from reward_lora.video_models.wan import WanModel, clean_prompt
 from reward_lora.video_models.wan_files import _build, _build_transformer, _build_umt5, _build_vae, _spec
@@ -120,8 +120,8 @@ def publisher_umt5(dim=24, heads=2, ffn=40, layers=2, vocabulary=13, buckets=32)
 
 def test_umt5_computes_what_the_publisher_describes():
     tensors = publisher_umt5()
-    arguments = wan_keys.umt5_config(tensors)
-    encoder = _build(_build_umt5, arguments, wan_keys.convert_umt5(tensors), Path("x"), torch.float32, "cpu")
+    arguments = wan_encoder_keys.umt5_config(tensors)
+    encoder = _build(_build_umt5, arguments, wan_encoder_keys.convert_umt5(tensors), Path("x"), torch.float32, "cpu")
     length, heads = 6, 2
     ids = torch.arange(length)[None] + 1
 
@@ -331,6 +331,20 @@ def test_original_layout_loads(original_t2v):
     assert not any(p.requires_grad for p in model.transformer.parameters())
 
 
+def test_the_builtin_model_loads_and_paints():
+    assets = Path(__file__).parent.parent / "assets" / "tiny_wan"
+    if not assets.is_dir():
+        pytest.skip("the built-in model has not been made: assets/tiny_wan is missing")
+    model = load_video_model("builtin")
+    spec = model.spec
+    shape = spec.latent_shape(spec.width, spec.height, spec.frames)
+    branch = model.conditioning(model.encode_text(["a red circle moves right"]), None, shape).positive
+    with torch.no_grad():
+        x, sigmas = model.initial_latents(shape, [0]), model.sigmas(1)
+        frames = model.decode(model.step(x, model.predict(x, sigmas[0], branch), sigmas[0], sigmas[1]))
+    assert frames.shape == (1, 3, spec.frames, spec.height, spec.width)
+
+
 def test_a_model_loaded_under_inference_mode_can_carry_gradients(original_t2v):
     with torch.inference_mode():  # as ComfyUI runs its nodes
         model = load_video_model(original_t2v)
@@ -421,6 +435,7 @@ def test_the_fingerprint_follows_the_text_encoder(original_t2v, tmp_path):
             "in_dim is 36, the weights say 16",
         ),
         (lambda f: (f / "config.json").write_text("{"), "not valid JSON"),
+        (lambda f: (f / "config.json").write_text('{"num_heads": 0}'), "num_heads that divide 48, got 0"),
         (lambda f: torch.save(publisher_umt5(), f / (NAMES["vae"] + ".pth")), "no Wan VAE"),
         (lambda f: torch.save(fixture("wan_vae").vae, f / (NAMES["text"] + ".pth")), "no UMT5 encoder"),
         (lambda f: (f / "reward_lora.json").write_text('{"fsp": 8}'), "unknown option fsp; allowed are fps"),

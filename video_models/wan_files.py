@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import wan_keys
+from . import wan_encoder_keys, wan_keys
 from .files import ModelFileError, find_weights, fingerprint, load_weights, parameter_count, read_json, read_weights
 from .protocol import ModelSpec
 from .wan import WanModel
@@ -156,10 +156,10 @@ def _original_parts(folder: Path) -> _Parts:
             keep=FLOAT32_PARTS,
         ),
         vae=component(VAE_FILE, _build_vae, wan_keys.vae_config, wan_keys.convert_vae),
-        text_encoder=component(TEXT_FILE, _build_umt5, wan_keys.umt5_config, wan_keys.convert_umt5),
+        text_encoder=component(TEXT_FILE, _build_umt5, wan_encoder_keys.umt5_config, wan_encoder_keys.convert_umt5),
         image_encoder=None
         if image is None
-        else component(IMAGE_FILE, _build_clip, wan_keys.clip_config, wan_keys.convert_clip),
+        else component(IMAGE_FILE, _build_clip, wan_encoder_keys.clip_config, wan_encoder_keys.convert_clip),
         tokenizer=tokenizer,
         text_files=() if text is None else _text_files(text, tokenizer),
         shift=DEFAULT_SHIFT,

@@ -1,7 +1,7 @@
-"""Names of Wan's modules: the publisher's, and those of the classes in diffusers and transformers.
+"""Names of Wan's transformer and VAE: the publisher's, and those of diffusers' classes.
 
-The publisher's names are those of ``wan/modules/{model,vae,t5,clip}.py`` in Wan-Video/Wan2.1, which
-VideoX-Fun's Fun models share.
+The publisher's names are those of ``wan/modules/{model,vae}.py`` in Wan-Video/Wan2.1, which VideoX-Fun's
+Fun models share. Its text and image encoders are in ``wan_encoder_keys``.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ _TRANSFORMER_BLOCK = {
 _BLOCK = re.compile(r"(blocks\.\d+\.)(.+)")
 
 
-def _rename(name: str, table: dict[str, str]) -> str | None:
+def rename(name: str, table: dict[str, str]) -> str | None:
     """``name`` with its longest dotted prefix found in ``table`` replaced; None if there is none."""
     parts = name.split(".")
     for end in range(len(parts), 0, -1):
@@ -69,8 +69,8 @@ def _rename(name: str, table: dict[str, str]) -> str | None:
 def _rename_transformer(name: str, top: dict[str, str], block: dict[str, str]) -> str | None:
     match = _BLOCK.fullmatch(name)
     if match is None:
-        return _rename(name, top)
-    inner = _rename(match[2], block)
+        return rename(name, top)
+    inner = rename(match[2], block)
     return None if inner is None else match[1] + inner
 
 
@@ -87,29 +87,6 @@ def original_module_name(name: str) -> str:
     return _rename_transformer(name, _TRANSFORMER_BACK, _TRANSFORMER_BLOCK_BACK) or name
 
 
-# The image encoder and the text encoder: below their block or layer, then the rest.
-_UMT5_BLOCK = {
-    "norm1": "layer.0.layer_norm",
-    "attn": "layer.0.SelfAttention",
-    "pos_embedding.embedding": "layer.0.SelfAttention.relative_attention_bias",
-    "norm2": "layer.1.layer_norm",
-    "ffn.gate.0": "layer.1.DenseReluDense.wi_0",
-    "ffn.fc1": "layer.1.DenseReluDense.wi_1",
-    "ffn.fc2": "layer.1.DenseReluDense.wo",
-}
-_UMT5 = {"token_embedding": "shared", "norm": "encoder.final_layer_norm"}
-_CLIP_LAYER = {
-    "norm1": "layer_norm1",
-    "attn.proj": "self_attn.out_proj",
-    "norm2": "layer_norm2",
-    "mlp.0": "mlp.fc1",
-    "mlp.2": "mlp.fc2",
-}
-_CLIP = {
-    "patch_embedding": "embeddings.patch_embedding",
-    "pre_norm": "pre_layrnorm",  # transformers spells it so
-    "post_norm": "post_layernorm",
-}
 _VAE_LAYER = {
     "residual.0": "norm1",
     "residual.2": "conv1",
@@ -126,7 +103,7 @@ _VAE_HALF = {
     "head.2": "conv_out",
 }
 _VAE = {"conv1": "quant_conv", "conv2": "post_quant_conv"}
-_NUMBERED = re.compile(r"(.+?\.)(\d+)\.(.+)")
+NUMBERED = re.compile(r"(.+?\.)(\d+)\.(.+)")
 
 
 def convert_transformer(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -134,7 +111,7 @@ def convert_transformer(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
     Names without a counterpart stay, so that loading can report them.
     """
-    tensors = _strip_prefix(tensors, "model.")
+    tensors = strip_prefix(tensors, "model.")
     return {
         _rename_transformer(name, _TRANSFORMER, _TRANSFORMER_BLOCK) or name: tensor for name, tensor in tensors.items()
     }
@@ -151,7 +128,7 @@ def transformer_config(tensors: Mapping[str, Tensor], config: Mapping[str, Any])
     Raises:
         ValueError: The tensors are no Wan2.1 transformer we know, or ``config`` contradicts them.
     """
-    tensors = _strip_prefix(tensors, "model.")
+    tensors = strip_prefix(tensors, "model.")
     needed = ("patch_embedding", "time_embedding.0", "text_embedding.0", "head.head", "blocks.0.ffn.0")
     lacking = [name for name in needed if f"{name}.weight" not in tensors]
     if lacking:
@@ -177,6 +154,8 @@ def transformer_config(tensors: Mapping[str, Tensor], config: Mapping[str, Any])
             "and image-to-video or InP (20 more), not the control variants"
         )
     heads = config.get("num_heads", dim // 128)
+    if not isinstance(heads, int) or heads < 1 or dim % heads:
+        raise ValueError(f"config.json must give num_heads that divide {dim}, got {heads!r}")
     image = tensors.get("img_emb.proj.0.weight")
     position = tensors.get("img_emb.emb_pos")
     return {
@@ -203,26 +182,26 @@ def convert_vae(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     The publisher numbers the decoder's blocks in one row; diffusers groups them by level: the residual
     blocks, one more than in the encoder, then an upsampler except after the last level.
     """
-    tensors = _strip_prefix(tensors, "model.")
+    tensors = strip_prefix(tensors, "model.")
     per_level = vae_config(tensors)["num_res_blocks"] + 2
     converted = {}
     for name, tensor in tensors.items():
         half, _, rest = name.partition(".")
         if half not in ("encoder", "decoder"):
-            converted[_rename(name, _VAE) or name] = tensor
+            converted[rename(name, _VAE) or name] = tensor
             continue
-        match = _NUMBERED.fullmatch(rest)
+        match = NUMBERED.fullmatch(rest)
         if match and match[1] == "downsamples.":
-            new = f"down_blocks.{match[2]}.{_rename(match[3], _VAE_LAYER) or match[3]}"
+            new = f"down_blocks.{match[2]}.{rename(match[3], _VAE_LAYER) or match[3]}"
         elif match and match[1] == "upsamples.":
             level, place = divmod(int(match[2]), per_level)
             block = f"resnets.{place}" if place < per_level - 1 else "upsamplers.0"
-            new = f"up_blocks.{level}.{block}.{_rename(match[3], _VAE_LAYER) or match[3]}"
+            new = f"up_blocks.{level}.{block}.{rename(match[3], _VAE_LAYER) or match[3]}"
         elif match and match[1] == "middle.":
-            block, inner = _VAE_HALF[f"middle.{match[2]}"], _rename(match[3], _VAE_LAYER) or match[3]
-            new = f"{block}.{inner}"
+            place = f"middle.{match[2]}"
+            new = f"{_VAE_HALF.get(place, place)}.{rename(match[3], _VAE_LAYER) or match[3]}"
         else:
-            new = _rename(rest, _VAE_HALF) or rest
+            new = rename(rest, _VAE_HALF) or rest
         converted[f"{half}.{new}"] = tensor
     return converted
 
@@ -233,7 +212,7 @@ def vae_config(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
     Raises:
         ValueError: The tensors are no Wan2.1 VAE.
     """
-    tensors = _strip_prefix(tensors, "model.")
+    tensors = strip_prefix(tensors, "model.")
     lacking = [name for name in ("encoder.conv1.weight", "conv2.weight") if name not in tensors]
     if lacking:
         raise ValueError(f"no Wan VAE: {lacking[0]} is missing")
@@ -263,91 +242,8 @@ def vae_config(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
     }
 
 
-def convert_umt5(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The publisher's UMT5 encoder as transformers' ``UMT5EncoderModel``."""
-    converted = {}
-    for name, tensor in tensors.items():
-        match = _NUMBERED.fullmatch(name)
-        if match and match[1] == "blocks.":
-            converted[f"encoder.block.{match[2]}.{_rename(match[3], _UMT5_BLOCK) or match[3]}"] = tensor
-        else:
-            converted[_rename(name, _UMT5) or name] = tensor
-    return converted
-
-
-def umt5_config(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
-    """Arguments of ``UMT5Config``, read from the publisher's tensors.
-
-    Raises:
-        ValueError: The tensors are no UMT5 encoder.
-    """
-    names = ("token_embedding", "blocks.0.pos_embedding.embedding", "blocks.0.attn.q", "blocks.0.ffn.fc1")
-    lacking = [name for name in names if f"{name}.weight" not in tensors]
-    if lacking:
-        raise ValueError(f"no UMT5 encoder: {lacking[0]}.weight is missing")
-    embedding, position, query, ffn = (tensors[f"{name}.weight"].shape for name in names)
-    return {
-        "vocab_size": embedding[0],
-        "d_model": embedding[1],
-        "d_kv": query[0] // position[1],
-        "d_ff": ffn[0],
-        "num_layers": len({name.split(".")[1] for name in tensors if name.startswith("blocks.")}),
-        "num_heads": position[1],
-        "relative_attention_num_buckets": position[0],
-        "feed_forward_proj": "gated-gelu",
-    }
-
-
-def convert_clip(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The visual half of the publisher's XLM-RoBERTa CLIP as transformers' ``CLIPVisionModel``; the text half goes."""
-    tensors = _strip_prefix(tensors, "model.")
-    converted = {}
-    for name, tensor in tensors.items():
-        half, _, rest = name.partition(".")
-        if half != "visual" or rest == "head":
-            continue
-        match = _NUMBERED.fullmatch(rest)
-        if rest == "cls_embedding":
-            converted["embeddings.class_embedding"] = tensor.flatten()
-        elif rest == "pos_embedding":
-            converted["embeddings.position_embedding.weight"] = tensor[0]
-        elif match and match[1] == "transformer.":
-            layer = f"encoder.layers.{match[2]}."
-            if match[3].startswith("attn.to_qkv."):
-                kind = match[3].rpartition(".")[2]
-                for part, chunk in zip("qkv", tensor.chunk(3), strict=True):
-                    converted[f"{layer}self_attn.{part}_proj.{kind}"] = chunk
-            else:
-                converted[layer + (_rename(match[3], _CLIP_LAYER) or match[3])] = tensor
-        else:
-            converted[_rename(rest, _CLIP) or rest] = tensor
-    return converted
-
-
-def clip_config(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
-    """Arguments of ``CLIPVisionConfig``, read from the publisher's tensors; heads have 80 channels as in ViT-H.
-
-    Raises:
-        ValueError: The tensors are no such CLIP.
-    """
-    tensors = _strip_prefix(tensors, "model.")
-    names = ("patch_embedding.weight", "pos_embedding", "transformer.0.mlp.0.weight")
-    lacking = [name for name in names if f"visual.{name}" not in tensors]
-    if lacking:
-        raise ValueError(f"no CLIP image encoder: visual.{lacking[0]} is missing")
-    patch, position, mlp = (tensors[f"visual.{name}"].shape for name in names)
-    return {
-        "hidden_size": patch[0],
-        "intermediate_size": mlp[0],
-        "num_hidden_layers": len({n.split(".")[2] for n in tensors if n.startswith("visual.transformer.")}),
-        "num_attention_heads": patch[0] // 80,
-        "image_size": math.isqrt(position[1] - 1) * patch[2],
-        "patch_size": patch[2],
-        "hidden_act": "gelu",
-    }
-
-
-def _strip_prefix(tensors: Mapping[str, Tensor], prefix: str) -> Mapping[str, Tensor]:
+def strip_prefix(tensors: Mapping[str, Tensor], prefix: str) -> Mapping[str, Tensor]:
+    """Tensors without ``prefix``, if every name has it."""
     if not all(name.startswith(prefix) for name in tensors):
         return tensors
     return {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
