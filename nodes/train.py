@@ -41,7 +41,7 @@ class TrainRewardLora(io.ComfyNode):
                     "prompt_file",
                     default="",
                     optional=True,
-                    tooltip="More prompts, from a .txt (one a line) or .jsonl file, in the input folder or by its path. "
+                    tooltip="More prompts, from a .txt (one a line) or .jsonl file in the input folder or by its path. "
                     "'builtin' holds those of the built-in model's world.",
                 ),
                 io.String.Input(
