@@ -30,7 +30,13 @@ class TrainRewardLora(io.ComfyNode):
             inputs=[
                 VideoModelType.Input("video_model", tooltip="LoRAs applied to it stay applied while training."),
                 RewardType.Input("reward", tooltip="What shall rise. It must be differentiable."),
-                io.String.Input("prompts", multiline=True, default="", tooltip="To train on, one a line."),
+                io.String.Input(
+                    "prompts",
+                    multiline=True,
+                    default="",
+                    placeholder="prompts to train on, one a line",
+                    tooltip="To train on, one a line.",
+                ),
                 io.String.Input(
                     "prefix",
                     default="reward_lora/run",
@@ -48,6 +54,7 @@ class TrainRewardLora(io.ComfyNode):
                     "sample_prompts",
                     multiline=True,
                     default="",
+                    placeholder="prompts to evaluate on, one a line",
                     optional=True,
                     tooltip="To evaluate on and to show, one a line; prompts never trained on are the honest choice. "
                     "Empty takes the first training prompts.",
@@ -56,6 +63,7 @@ class TrainRewardLora(io.ComfyNode):
                     "advanced",
                     multiline=True,
                     default="",
+                    placeholder="other settings, such as weight_decay: 0.01",
                     optional=True,
                     tooltip="Any other setting as YAML, such as 'weight_decay: 0.01'; the help page lists them.",
                 ),
