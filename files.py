@@ -4,14 +4,28 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 
 class WeightFileError(ValueError):
-    """A weight file that cannot be used; the message says which, why, and what to do."""
+    """A file of weights, or what belongs to it, that cannot be used: one sentence with which, why and what to do."""
+
+
+def existing(path: Path) -> Path:
+    """The path, or :class:`WeightFileError` if no file is there."""
+    if not path.is_file():
+        raise WeightFileError(f"{path} is missing; download it again or correct the path")
+    return path
+
+
+def unreadable(path: Path, error: OSError) -> WeightFileError:
+    """The error for a file that the system does not let us read."""
+    return WeightFileError(f"{path} cannot be read ({error.strerror or error}); check its permissions and the disk")
 
 
 def read_safetensors(path: Path | str) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -23,24 +37,70 @@ def read_safetensors(path: Path | str) -> tuple[dict[str, Tensor], dict[str, str
     from safetensors import SafetensorError, safe_open
 
     path = Path(path)
-    if not path.is_file():
-        raise WeightFileError(f"{path}: there is no such file")
     try:
+        _check_safetensors(path)
         with safe_open(path, framework="pt", device="cpu") as file:
-            return {key: file.get_tensor(key) for key in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
+            return tensors, dict(file.metadata() or {})
     except SafetensorError as error:
-        raise WeightFileError(f"{path.name} is not a whole safetensors file: {_diagnosis(path, error)}") from None
+        raise WeightFileError(f"{path} is damaged ({error}); download it again") from None
+    except OSError as error:
+        raise unreadable(path, error) from None
 
 
-def _diagnosis(path: Path, error: Exception) -> str:
+def _check_safetensors(path: Path) -> None:
+    """Raise unless the header is sound and every tensor it announces lies inside the file."""
+    size = existing(path).stat().st_size
     with path.open("rb") as file:
-        start = file.read(8)
-    if start[:2] == b"PK" or start[:1] == b"\x80":
-        return "it holds a Python pickle, which can run code when opened; ask its author for a safetensors file"
-    size = int.from_bytes(start, "little")
-    if len(start) == 8 and size < 100_000_000:
-        return f"it is damaged or cut short ({path.stat().st_size:,} bytes); download or copy it again"
-    return f"its header cannot be read ({error}); check that it is the right file"
+        start = file.read(9)
+        length = int.from_bytes(start[:8], "little")
+        if start[8:] != b"{" or length > 100 << 20:
+            if start[:1] == b"\x80" or start[:2] == b"PK":  # a header's length may begin so as well
+                raise WeightFileError(
+                    f"{path} is a pickle, not safetensors, and a pickle can run code, so it is not opened; "
+                    "get the safetensors file from the publisher"
+                )
+            raise WeightFileError(f"{path} is not a safetensors file ({size} bytes); download it again")
+        file.seek(8)
+        header = file.read(length)
+    try:
+        entries = json.loads(header)
+        end = max((entry["data_offsets"][1] for name, entry in entries.items() if name != "__metadata__"), default=0)
+    except (ValueError, TypeError, KeyError, IndexError):
+        if len(header) == length:
+            raise WeightFileError(f"{path} has a damaged header; download it again") from None
+        end = 0
+    if size < 8 + length + end:
+        needed = f"of {8 + length + end} " if end else ""
+        raise WeightFileError(f"{path} is truncated ({size} {needed}bytes are there); download it again")
+
+
+def read_pickle(path: Path | str) -> dict[str, Tensor]:
+    """Tensors of a PyTorch file that holds nothing but tensors, mapped from disk where its format allows.
+
+    Raises:
+        WeightFileError: The file is missing, damaged, or holds anything that could run code.
+    """
+    path = Path(path)
+    existing(path)
+    try:
+        with path.open("rb") as file:
+            zipped = file.read(2) == b"PK"  # only torch's zip format can be mapped
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
+    except pickle.UnpicklingError:
+        raise WeightFileError(
+            f"{path} holds more than tensors and could run code, or is damaged, so it is not loaded; "
+            "get the publisher's original file or a safetensors version"
+        ) from None
+    except OSError as error:
+        raise unreadable(path, error) from None
+    except Exception:  # garbage makes torch's parser raise almost anything
+        raise WeightFileError(f"{path} is damaged or not a PyTorch file; download it again") from None
+    if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
+        content = content["state_dict"]
+    if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
+        raise WeightFileError(f"{path} does not hold one tensor a name; it is not a file of weights")
+    return content
 
 
 def write_safetensors(path: Path | str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Path:

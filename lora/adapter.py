@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import re
+import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -171,7 +172,9 @@ def _inject(model: nn.Module, name: str, ranks: Mapping[str, int], alphas: Mappi
         rank_pattern={f"^{re.escape(module)}$": rank for module, rank in ranks.items() if rank != common},
     )
     active = {m: layer.active_adapters for m, layer in model.named_modules() if hasattr(layer, "_active_adapter")}
-    inject_adapter_in_model(config, model, name)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # several LoRAs are our intention
+        inject_adapter_in_model(config, model, name)
     for module, layer in model.named_modules():
         if hasattr(layer, "_active_adapter"):
             layer._active_adapter = list(active.get(module, []))

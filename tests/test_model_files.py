@@ -8,7 +8,7 @@ import zipfile
 
 import pytest
 import torch
-from reward_lora.video_models import BASE_MODELS, ModelFileError, load_video_model
+from reward_lora.video_models import BASE_MODELS, WeightFileError, load_video_model
 from reward_lora.video_models.files import fingerprint, load_weights, parse_dtype, read_json, read_weights
 from safetensors.torch import save_file
 from torch import nn
@@ -54,14 +54,14 @@ def test_shards_are_joined_by_their_index(tmp_path):
     index.write_text(json.dumps({"weight_map": {name: f"part{n}.safetensors" for n, name in enumerate(TENSORS)}}))
     assert read_weights(index).keys() == TENSORS.keys()
     (tmp_path / "part1.safetensors").unlink()
-    with pytest.raises(ModelFileError, match="part1.safetensors is missing"):
+    with pytest.raises(WeightFileError, match="part1.safetensors is missing"):
         read_weights(index)
 
 
 def test_an_index_cannot_lead_out_of_its_folder(tmp_path):
     index = tmp_path / "model.safetensors.index.json"
     index.write_text(json.dumps({"weight_map": {"a": "../secret.safetensors"}}))
-    with pytest.raises(ModelFileError, match="its own folder"):
+    with pytest.raises(WeightFileError, match="its own folder"):
         read_weights(index)
 
 
@@ -85,7 +85,7 @@ def test_16_bits_keep_the_named_parts_in_float32(tmp_path):
 def test_buffers_that_no_file_holds_follow_to_the_device(tmp_path):
     net = meta_net()
     net.register_buffer("table", torch.ones(1), persistent=False)
-    with pytest.raises(ModelFileError, match="without a value"):  # the meta device stands for a GPU
+    with pytest.raises(WeightFileError, match="without a value"):  # the meta device stands for a GPU
         load_weights(net, TENSORS, tmp_path, dtype=torch.float32, device="meta")
     assert net.table.is_meta
 
@@ -93,10 +93,10 @@ def test_buffers_that_no_file_holds_follow_to_the_device(tmp_path):
 def test_a_pickle_called_safetensors_is_refused_and_runs_nothing(tmp_path):
     path, trace = tmp_path / "model.safetensors", tmp_path / "executed"
     path.write_bytes(pickle.dumps(Trap(trace)))
-    with pytest.raises(ModelFileError, match="is a pickle"):
+    with pytest.raises(WeightFileError, match="is a pickle"):
         read_weights(path)
     torch.save({"a": Trap(trace)}, path)
-    with pytest.raises(ModelFileError, match="is a pickle"):
+    with pytest.raises(WeightFileError, match="is a pickle"):
         read_weights(path)
     assert not trace.exists()
 
@@ -113,7 +113,7 @@ def test_a_header_whose_length_looks_like_a_pickle_is_read(tmp_path, length):
 def test_a_pth_with_code_is_refused_and_runs_nothing(tmp_path, zipped):
     path, trace = tmp_path / "model.pth", tmp_path / "executed"
     torch.save({"a": Trap(trace)}, path, _use_new_zipfile_serialization=zipped)
-    with pytest.raises(ModelFileError, match="could run code"):
+    with pytest.raises(WeightFileError, match="could run code"):
         read_weights(path)
     assert not trace.exists()
 
@@ -144,7 +144,7 @@ def bad_files(folder):
 
 def test_every_bad_file_gives_one_sentence_that_names_it(tmp_path):
     for name, message in bad_files(tmp_path).items():
-        with pytest.raises(ModelFileError, match=message) as caught:
+        with pytest.raises(WeightFileError, match=message) as caught:
             read_weights(tmp_path / name)
         assert name in str(caught.value)
         assert "\n" not in str(caught.value)
@@ -154,7 +154,7 @@ def test_every_bad_file_gives_one_sentence_that_names_it(tmp_path):
 def test_quantised_weights_are_refused(tmp_path):
     path = tmp_path / "model.safetensors"
     save_file({"a": torch.zeros(2, dtype=torch.float8_e4m3fn)}, path)
-    with pytest.raises(ModelFileError, match="quantised"):
+    with pytest.raises(WeightFileError, match="quantised"):
         read_weights(path)
 
 
@@ -163,23 +163,23 @@ def test_weights_of_another_model_are_named(tmp_path):
         tensors = {name: value for name, value in (TENSORS | changes).items() if value is not None}
         load_weights(meta_net(), tensors, tmp_path / "x.safetensors", dtype=torch.float32)
 
-    with pytest.raises(ModelFileError, match=r"lacks linear\.bias; it is probably an incomplete download"):
+    with pytest.raises(WeightFileError, match=r"lacks linear\.bias; it is probably an incomplete download"):
         load(**{"linear.bias": None})
-    with pytest.raises(ModelFileError, match=r"has unknown extra; it is probably another variant"):
+    with pytest.raises(WeightFileError, match=r"has unknown extra; it is probably another variant"):
         load(extra=torch.ones(1))
-    with pytest.raises(ModelFileError, match="another kind of model"):
+    with pytest.raises(WeightFileError, match="another kind of model"):
         load_weights(meta_net(), {"a": torch.ones(1)}, tmp_path, dtype=torch.float32)
-    with pytest.raises(ModelFileError, match=r"linear\.bias is \[3\] where the config says \[2\]"):
+    with pytest.raises(WeightFileError, match=r"linear\.bias is \[3\] where the config says \[2\]"):
         load(**{"linear.bias": torch.ones(3)})
 
 
 def test_json_errors_are_sentences(tmp_path):
     path = tmp_path / "config.json"
     path.write_text("{")
-    with pytest.raises(ModelFileError, match="not valid JSON"):
+    with pytest.raises(WeightFileError, match="not valid JSON"):
         read_json(path)
     path.write_text("[]")
-    with pytest.raises(ModelFileError, match="got list"):
+    with pytest.raises(WeightFileError, match="got list"):
         read_json(path)
 
 
@@ -200,22 +200,22 @@ def test_a_fingerprint_changes_with_the_file(tmp_path):
 
 
 def test_an_unknown_folder_says_what_was_looked_for(tmp_path):
-    with pytest.raises(ModelFileError, match="looked for model_index.json"):
+    with pytest.raises(WeightFileError, match="looked for model_index.json"):
         load_video_model(tmp_path)
 
 
 def test_a_name_of_nothing_lists_what_is_known(tmp_path):
-    with pytest.raises(ModelFileError, match="there is no folder nowhere; .*builtin.*Wan2.1-Fun-1.3B-InP"):
+    with pytest.raises(WeightFileError, match="there is no folder nowhere; .*builtin.*Wan2.1-Fun-1.3B-InP"):
         load_video_model("nowhere")
     file = tmp_path / "model.safetensors"
     file.touch()
-    with pytest.raises(ModelFileError, match="is a file; give the folder"):
+    with pytest.raises(WeightFileError, match="is a file; give the folder"):
         load_video_model(file)
 
 
 @pytest.mark.parametrize("name", ["Wan2.1-Fun-1.3B-InP", "alibaba-pai/Wan2.1-Fun-1.3B-InP"])
 def test_a_known_model_that_is_absent_says_where_to_put_it(tmp_path, name):
-    with pytest.raises(ModelFileError, match="alibaba-pai/Wan2.1-Fun-1.3B-InP") as caught:
+    with pytest.raises(WeightFileError, match="alibaba-pai/Wan2.1-Fun-1.3B-InP") as caught:
         load_video_model(name, search=[tmp_path])
     assert str(tmp_path / "Wan2.1-Fun-1.3B-InP") in str(caught.value)
     assert all(repository.endswith(f"/{key}") for key, repository in BASE_MODELS.items())

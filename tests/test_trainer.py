@@ -54,10 +54,11 @@ def test_events_files_and_restored_model(wan, reward, config, tmp_path):
 
 
 def test_training_raises_the_reward_on_fixed_prompts_and_seeds(wan, config, tmp_path):
-    config = replace(config, steps=12, judged_latents=0, sample_every=12, sample_count=5)
+    config = replace(config, steps=24, judged_latents=0, sample_every=24, sample_count=5, learning_rate=3e-2)
+    config = replace(config, max_grad_norm=1.0)
     before, *_, after = list(Trainer(wan, SamePictures(), PROMPTS, config, tmp_path / "run"))
     gains = [b - a for a, b in zip(before.evaluation.rewards, after.evaluation.rewards, strict=True)]
-    assert min(gains) > 0.001
+    assert min(gains) > 0.005
 
 
 def test_accumulation_takes_batches_one_after_the_other(wan, reward, config, tmp_path):

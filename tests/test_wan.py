@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from reward_lora.video_models import ModelFileError, load_video_model, wan_encoder_keys, wan_keys
+from reward_lora.video_models import WeightFileError, load_video_model, wan_encoder_keys, wan_keys
 from reward_lora.video_models.protocol import VideoModel
 from reward_lora.video_models.wan import WanModel, clean_prompt
 from reward_lora.video_models.wan_files import _build, _build_transformer, _build_umt5, _build_vae, _spec
@@ -446,7 +446,7 @@ def test_what_is_wrong_with_a_folder_is_said_in_a_sentence(tmp_path, change, mes
     wan = fixture("wan_t2v")
     write_original(tmp_path, wan.transformer, wan.meta["transformer_config"])
     change(tmp_path)
-    with pytest.raises(ModelFileError, match=message) as caught:
+    with pytest.raises(WeightFileError, match=message) as caught:
         load_video_model(tmp_path)
     assert "\n" not in str(caught.value)
 
@@ -479,14 +479,14 @@ def test_variants_we_cannot_run_are_refused(diffusers_t2v, tmp_path):
     wan = fixture("wan_t2v")
     control = dict(wan.transformer, **{"patch_embedding.weight": torch.zeros(48, 48, 1, 2, 2)})
     write_original(tmp_path, control, {"num_heads": 2})
-    with pytest.raises(ModelFileError, match="takes 48 input channels"):
+    with pytest.raises(WeightFileError, match="takes 48 input channels"):
         load_video_model(tmp_path, text=False)
     save_file(wan.transformer | {"ref_conv.weight": torch.zeros(1)}, tmp_path / "diffusion_pytorch_model.safetensors")
-    with pytest.raises(ModelFileError, match=r"has unknown ref_conv\.weight; it is probably another variant"):
+    with pytest.raises(WeightFileError, match=r"has unknown ref_conv\.weight; it is probably another variant"):
         load_video_model(tmp_path, text=False)
     index = json.loads((diffusers_t2v / "model_index.json").read_text()) | {"boundary_ratio": 0.9}
     (tmp_path / "model_index.json").write_text(json.dumps(index))
-    with pytest.raises(ModelFileError, match="two experts"):
+    with pytest.raises(WeightFileError, match="two experts"):
         load_video_model(tmp_path)
 
 

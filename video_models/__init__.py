@@ -7,14 +7,14 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .files import ModelFileError, parse_dtype
+from .files import WeightFileError, parse_dtype
 
 if TYPE_CHECKING:
     import torch
 
     from .protocol import VideoModel
 
-__all__ = ["BASE_MODELS", "BUILTIN", "FAMILIES", "ModelFileError", "load_video_model"]
+__all__ = ["BASE_MODELS", "BUILTIN", "FAMILIES", "WeightFileError", "load_video_model"]
 
 FAMILIES = ("wan_files",)
 """Modules with ``detect(folder) -> bool``, ``load(folder, *, dtype, device, text)`` and ``LAYOUTS``."""
@@ -57,7 +57,7 @@ def load_video_model(
         search: Folders in which to look for a model by its name.
 
     Raises:
-        ModelFileError: There is no such model here, no family knows it, or one of its files is bad.
+        WeightFileError: There is no such model here, no family knows it, or one of its files is bad.
         ValueError: ``dtype`` is unknown.
     """
     import torch
@@ -72,28 +72,28 @@ def load_video_model(
             with torch.inference_mode(False):
                 return family.load(folder, dtype=chosen, device=device, text=text)
         layouts += family.LAYOUTS
-    raise ModelFileError(f"{folder} is no model we know: looked for {'; '.join(layouts)}")
+    raise WeightFileError(f"{folder} is no model we know: looked for {'; '.join(layouts)}")
 
 
 def _find_folder(path_or_name: str, search: Sequence[str | Path]) -> Path:
     if path_or_name == BUILTIN:
         folder = Path(__file__).resolve().parent.parent / "assets" / "tiny_wan"
         if not folder.is_dir():
-            raise ModelFileError(f"the built-in model is missing from {folder}; install the pack again")
+            raise WeightFileError(f"the built-in model is missing from {folder}; install the pack again")
         return folder
     name = path_or_name.rstrip("/\\").replace("\\", "/").rpartition("/")[2]
     for folder in (Path(path_or_name), *(Path(root) / part for root in search for part in (path_or_name, name))):
         if folder.is_dir():
             return folder
     if Path(path_or_name).is_file():
-        raise ModelFileError(f"{path_or_name} is a file; give the folder that holds the whole model")
+        raise WeightFileError(f"{path_or_name} is a file; give the folder that holds the whole model")
     repository = BASE_MODELS.get(name)
     if repository is not None and path_or_name in (name, repository):
         place = f"{search[0]}/{name}" if search else f"a folder called {name}"
         looked = f" (looked in {', '.join(map(str, search))})" if search else ""
-        raise ModelFileError(
+        raise WeightFileError(
             f"{name} is not here yet{looked}; download {repository} from the Hugging Face Hub into {place} "
             + ("and try again" if search else "and give its path")
         )
     known = ", ".join((BUILTIN, *BASE_MODELS))
-    raise ModelFileError(f"there is no folder {path_or_name}; give a model's folder or one of {known}")
+    raise WeightFileError(f"there is no folder {path_or_name}; give a model's folder or one of {known}")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import pickle
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -12,11 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..files import WeightFileError, existing, read_pickle, read_safetensors, unreadable
+
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
-
-class ModelFileError(ValueError):
-    """A model's file is missing, damaged, refused, or belongs to another model. The message is one sentence."""
 
 
 def parse_dtype(name: str) -> torch.dtype | None:
@@ -31,15 +28,15 @@ def parse_dtype(name: str) -> torch.dtype | None:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in a file, or :class:`ModelFileError`."""
+    """The JSON object in a file, or :class:`WeightFileError`."""
     try:
-        content = json.loads(_existing(path).read_text(encoding="utf-8"))
+        content = json.loads(existing(path).read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ModelFileError(f"{path} is not valid JSON ({error}); download it again") from None
+        raise WeightFileError(f"{path} is not valid JSON ({error}); download it again") from None
     except OSError as error:
-        raise _unreadable(path, error) from None
+        raise unreadable(path, error) from None
     if not isinstance(content, dict):
-        raise ModelFileError(f"{path} must hold a JSON object, got {type(content).__name__}; download it again")
+        raise WeightFileError(f"{path} must hold a JSON object, got {type(content).__name__}; download it again")
     return content
 
 
@@ -60,17 +57,18 @@ def read_weights(path: Path) -> dict[str, Tensor]:
             holds nothing but tensors.
 
     Raises:
-        ModelFileError: The file is missing, truncated, not what its name says, or would run code.
+        WeightFileError: The file is missing, truncated, not what its name says, or would run code.
     """
     if path.name.endswith(".index.json"):
         shards = read_json(path).get("weight_map")
         if not isinstance(shards, dict) or not all(_is_file_name(name) for name in shards.values()):
-            raise ModelFileError(f"{path} has no weight_map of file names in its own folder; download it again")
+            raise WeightFileError(f"{path} has no weight_map of file names in its own folder; download it again")
         tensors: dict[str, Tensor] = {}
         for shard in sorted(set(shards.values())):
-            tensors.update(_read_safetensors(path.parent / shard))
+            tensors.update(_checked(path.parent / shard, read_safetensors(path.parent / shard)[0]))
         return tensors
-    return _read_safetensors(path) if path.suffix == ".safetensors" else _read_pickle(path)
+    tensors = read_safetensors(path)[0] if path.suffix == ".safetensors" else read_pickle(path)
+    return _checked(path, tensors)
 
 
 def load_weights(
@@ -92,7 +90,7 @@ def load_weights(
         keep_float32: Parts of dotted names whose tensors stay float32 when ``dtype`` has 16 bits.
 
     Raises:
-        ModelFileError: A name is missing or unexpected, or a shape differs.
+        WeightFileError: A name is missing or unexpected, or a shape differs.
     """
     expected = module.state_dict()
     missing, unexpected = sorted(expected.keys() - tensors.keys()), sorted(tensors.keys() - expected.keys())
@@ -107,11 +105,11 @@ def load_weights(
             reason = "it is probably another variant of the model, or its config is another model's"
         else:
             reason = "it is probably an incomplete download, or its config is another model's"
-        raise ModelFileError(f"{source} does not fit {kind}: it {' and '.join(problems)}; {reason}")
+        raise WeightFileError(f"{source} does not fit {kind}: it {' and '.join(problems)}; {reason}")
     wrong = [name for name in expected if tensors[name].shape != expected[name].shape]
     if wrong:
         name = wrong[0]
-        raise ModelFileError(
+        raise WeightFileError(
             f"{source} does not fit {kind}: {len(wrong)} shapes differ, for example {name} is "
             f"{list(tensors[name].shape)} where the config says {list(expected[name].shape)}; "
             "the config and the weights belong to different models"
@@ -126,7 +124,7 @@ def load_weights(
     module.to(device)  # the buffers that no file holds
     unset = [n for n, t in (*module.named_parameters(), *module.named_buffers()) if t.is_meta]
     if unset:
-        raise ModelFileError(f"{source} leaves {_first_few(unset)} of {kind} without a value")
+        raise WeightFileError(f"{source} leaves {_first_few(unset)} of {kind} without a value")
 
 
 def parameter_count(tensors: Mapping[str, Tensor]) -> int:
@@ -138,23 +136,13 @@ def fingerprint(paths: Iterable[Path]) -> str:
     """A short hash of files' names, sizes, first and last 64 KiB: cheap, and different for different weights."""
     digest, chunk = hashlib.sha256(), 1 << 16
     for path in sorted(paths):
-        size = _existing(path).stat().st_size
+        size = existing(path).stat().st_size
         digest.update(f"{path.name}:{size};".encode())
         with path.open("rb") as file:
             digest.update(file.read(chunk))
             file.seek(max(0, size - chunk))
             digest.update(file.read(chunk))
     return digest.hexdigest()[:16]
-
-
-def _existing(path: Path) -> Path:
-    if not path.is_file():
-        raise ModelFileError(f"{path} is missing; download the model again or correct the path")
-    return path
-
-
-def _unreadable(path: Path, error: OSError) -> ModelFileError:
-    return ModelFileError(f"{path} cannot be read ({error.strerror or error}); check its permissions and the disk")
 
 
 def _is_file_name(name: Any) -> bool:
@@ -166,75 +154,12 @@ def _first_few(names: Collection[str]) -> str:
     return listed if len(names) <= 3 else f"{listed} and {len(names) - 3} more"
 
 
-def _check_safetensors(path: Path) -> None:
-    """Raise unless the header is sound and every tensor it announces lies inside the file."""
-    size = _existing(path).stat().st_size
-    with path.open("rb") as file:
-        start = file.read(9)
-        length = int.from_bytes(start[:8], "little")
-        if start[8:] != b"{" or length > 100 << 20:
-            if start[:1] == b"\x80" or start[:2] == b"PK":  # a header's length may begin so as well
-                raise ModelFileError(
-                    f"{path} is a pickle, not safetensors, and a pickle can run code, so it is not opened; "
-                    "get the safetensors file from the publisher"
-                )
-            raise ModelFileError(f"{path} is not a safetensors file ({size} bytes); download it again")
-        file.seek(8)
-        header = file.read(length)
-    try:
-        entries = json.loads(header)
-        end = max((entry["data_offsets"][1] for name, entry in entries.items() if name != "__metadata__"), default=0)
-    except (ValueError, TypeError, KeyError, IndexError):
-        if len(header) == length:
-            raise ModelFileError(f"{path} has a damaged header; download it again") from None
-        end = 0
-    if size < 8 + length + end:
-        needed = f"of {8 + length + end} " if end else ""
-        raise ModelFileError(f"{path} is truncated ({size} {needed}bytes are there); download it again")
-
-
-def _read_safetensors(path: Path) -> dict[str, Tensor]:
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        _check_safetensors(path)
-        with safe_open(path, framework="pt", device="cpu") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
-    except SafetensorError as error:
-        raise ModelFileError(f"{path} is damaged ({error}); download it again") from None
-    except OSError as error:
-        raise _unreadable(path, error) from None
-    return _checked(path, tensors)
-
-
-def _read_pickle(path: Path) -> dict[str, Tensor]:
-    _existing(path)
-    try:
-        with path.open("rb") as file:
-            zipped = file.read(2) == b"PK"  # only torch's zip format can be mapped
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
-    except pickle.UnpicklingError:
-        raise ModelFileError(
-            f"{path} holds more than tensors and could run code, or is damaged, so it is not loaded; "
-            "get the publisher's original file or a safetensors version"
-        ) from None
-    except OSError as error:
-        raise _unreadable(path, error) from None
-    except Exception:  # garbage makes torch's parser raise almost anything
-        raise ModelFileError(f"{path} is damaged or not a PyTorch file; download it again") from None
-    if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
-        content = content["state_dict"]
-    if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
-        raise ModelFileError(f"{path} does not hold one tensor a name; it is not a file of weights")
-    return _checked(path, content)
-
-
 def _checked(path: Path, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     if not tensors:
-        raise ModelFileError(f"{path} holds no tensors; download it again")
+        raise WeightFileError(f"{path} holds no tensors; download it again")
     small = [name for name, tensor in tensors.items() if tensor.is_floating_point() and tensor.element_size() < 2]
     if small:
-        raise ModelFileError(
+        raise WeightFileError(
             f"{path} is quantised ({small[0]} is {str(tensors[small[0]].dtype).removeprefix('torch.')}); "
             "load the publisher's 16- or 32-bit file"
         )

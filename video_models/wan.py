@@ -75,6 +75,7 @@ class WanModel:
         text_encoder, tokenizer: UMT5 and its tokenizer; may be None when embeddings are given.
         image_encoder: ``CLIPVisionModel``, or a function that loads it when the first image arrives.
         shift: Time shift of the flow-matching schedule.
+        text_tokens: Text is zero-padded to this many; a model with image tokens needs 512.
         fingerprint: What identifies the text encoder's weights.
     """
 
@@ -87,13 +88,14 @@ class WanModel:
         tokenizer: Any = None,
         image_encoder: Any = None,
         shift: float = 5.0,
+        text_tokens: int = TEXT_TOKENS,
         fingerprint: str = "",
     ) -> None:
         self.spec = spec
         self.denoisers = {"transformer": transformer}
         self.vae, self.text_encoder, self.tokenizer = vae, text_encoder, tokenizer
         self._image_encoder = image_encoder
-        self._shift, self._fingerprint = shift, fingerprint
+        self._shift, self._text_tokens, self._fingerprint = shift, text_tokens, fingerprint
         for module in (transformer, vae, text_encoder):
             if module is not None:
                 module.eval().requires_grad_(False)
@@ -129,7 +131,7 @@ class WanModel:
         device = next(self.text_encoder.parameters()).device
         embeddings = []
         for prompt in prompts:  # one by one: a prompt's embedding must not depend on its neighbours
-            tokens = self.tokenizer(clean_prompt(prompt), truncation=True, max_length=TEXT_TOKENS).input_ids
+            tokens = self.tokenizer(clean_prompt(prompt), truncation=True, max_length=self._text_tokens).input_ids
             ids = torch.tensor([tokens or [self.tokenizer.pad_token_id or 0]], device=device)
             embeddings.append(self.text_encoder(ids, torch.ones_like(ids)).last_hidden_state[0])
         return embeddings
@@ -147,7 +149,7 @@ class WanModel:
         shared = self._image_conditioning(batch, latent_shape, start_image, end_image)
 
         def branch(texts: Sequence[Tensor]) -> dict[str, Tensor]:
-            padded = [F.pad(text, (0, 0, 0, TEXT_TOKENS - text.shape[0])) for text in texts]
+            padded = [F.pad(text, (0, 0, 0, self._text_tokens - text.shape[0])) for text in texts]
             return {"text": torch.stack(padded).to(self.device, self.dtype), **shared}
 
         if negative is not None and len(negative) != batch:

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from . import wan_encoder_keys, wan_keys
-from .files import ModelFileError, find_weights, fingerprint, load_weights, parameter_count, read_json, read_weights
+from .files import WeightFileError, find_weights, fingerprint, load_weights, parameter_count, read_json, read_weights
 from .protocol import ModelSpec
-from .wan import WanModel
+from .wan import TEXT_TOKENS, WanModel
 
 LAYOUTS = (
     "model_index.json of a diffusers WanPipeline or WanImageToVideoPipeline",
@@ -51,7 +51,7 @@ def load(
     """Load what :func:`detect` recognised.
 
     A file ``reward_lora.json`` in the folder may override the model's defaults: ``name``, ``width``,
-    ``height``, ``frames``, ``steps``, ``guidance_scale``, ``fps``, ``lora_targets`` and ``shift``.
+    ``height``, ``frames``, ``steps``, ``guidance_scale``, ``fps``, ``lora_targets``, ``shift`` and ``text_tokens``.
 
     Args:
         folder: The model's folder.
@@ -60,7 +60,7 @@ def load(
         text: Whether to load the text encoder and its tokenizer.
 
     Raises:
-        ModelFileError: A file is missing, damaged, or of another model.
+        WeightFileError: A file is missing, damaged, or of another model.
     """
     parts = _diffusers_parts(folder) if (folder / "model_index.json").is_file() else _original_parts(folder)
     options = _read_options(folder)
@@ -73,10 +73,12 @@ def load(
         tokenizer = _load_tokenizer(parts.tokenizer)
     if parts.text_files:
         text_fingerprint = f"{fingerprint(parts.text_files)}:{dtype or 'auto'}"
-    shift = options.pop("shift", parts.shift)
+    shift, text_tokens = options.pop("shift", parts.shift), options.pop("text_tokens", TEXT_TOKENS)
     spec = dataclasses.replace(_spec(folder.resolve().name, transformer, vae), **options)
     image_encoder = None if parts.image_encoder is None else lambda: parts.image_encoder(dtype, "cpu")
-    return WanModel(spec, transformer, vae, text_encoder, tokenizer, image_encoder, shift, text_fingerprint)
+    return WanModel(
+        spec, transformer, vae, text_encoder, tokenizer, image_encoder, shift, text_tokens, text_fingerprint
+    )
 
 
 Loader = Callable[[torch.dtype | None, torch.device | str], nn.Module]
@@ -98,15 +100,15 @@ class _Parts:
 def _diffusers_parts(folder: Path) -> _Parts:
     index = read_json(folder / "model_index.json")
     if (index.get("transformer_2") or [None])[0] is not None or index.get("boundary_ratio") is not None:
-        raise ModelFileError(f"{folder} is a Wan2.2 model with two experts; supported are models with one transformer")
+        raise WeightFileError(f"{folder} is a Wan2.2 model with two experts; supported are models with one transformer")
     if index.get("expand_timesteps"):
-        raise ModelFileError(f"{folder} is a Wan2.2 TI2V model; supported are Wan2.1 models")
+        raise WeightFileError(f"{folder} is a Wan2.2 TI2V model; supported are Wan2.1 models")
 
     def component(name: str, stem: str, build: Callable, **options: Any) -> Loader:
         def loader(dtype: torch.dtype | None, device: torch.device | str) -> nn.Module:
             path = find_weights(folder / name, stem)
             if path is None:
-                raise ModelFileError(f"{folder / name} has no {stem}.safetensors; download the model again")
+                raise WeightFileError(f"{folder / name} has no {stem}.safetensors; download the model again")
             config = read_json(folder / name / "config.json")
             return _build(build, config, read_weights(path), path, dtype, device, **options)
 
@@ -134,12 +136,12 @@ def _original_parts(folder: Path) -> _Parts:
         def loader(dtype: torch.dtype | None, device: torch.device | str) -> nn.Module:
             path = find_weights(folder, stem)
             if path is None:
-                raise ModelFileError(f"{folder} has no {stem}.pth or .safetensors; download the model again")
+                raise WeightFileError(f"{folder} has no {stem}.pth or .safetensors; download the model again")
             tensors = read_weights(path)
             try:
                 arguments = read_config(tensors)
             except ValueError as error:
-                raise ModelFileError(f"{path} cannot be used: {error}") from None
+                raise WeightFileError(f"{path} cannot be used: {error}") from None
             return _build(build, arguments, convert(tensors), path, dtype, device, **options)
 
         return loader
@@ -181,7 +183,7 @@ def _build(
         with torch.device("meta"):
             module = build(config)
     except (TypeError, ValueError, KeyError, RuntimeError, ZeroDivisionError) as error:
-        raise ModelFileError(f"the config for {path} cannot be used ({error}); download it again") from None
+        raise WeightFileError(f"the config for {path} cannot be used ({error}); download it again") from None
     if dtype == torch.float16 and build is _build_umt5:
         keep = ("wo",)  # its values overflow float16, as transformers notes
     load_weights(module, _fit_names(tensors, module), path, dtype=dtype, device=device, keep_float32=keep)
@@ -256,11 +258,11 @@ def _load_tokenizer(folder: Path) -> Any:
     from transformers import AutoTokenizer
 
     if not folder.is_dir():
-        raise ModelFileError(f"the tokenizer's folder {folder} is missing; download it with the model")
+        raise WeightFileError(f"the tokenizer's folder {folder} is missing; download it with the model")
     try:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except Exception as error:  # transformers raises whatever its many parsers raise
-        raise ModelFileError(f"the tokenizer in {folder} cannot be read ({error}); download it again") from None
+        raise WeightFileError(f"the tokenizer in {folder} cannot be read ({error}); download it again") from None
 
 
 def _read_options(folder: Path) -> dict[str, Any]:
@@ -273,13 +275,13 @@ def _read_options(folder: Path) -> dict[str, Any]:
         "lora_targets": list,
         "guidance_scale": (int, float),
         "shift": (int, float),
-        **dict.fromkeys(("width", "height", "frames", "steps", "fps"), int),
+        **dict.fromkeys(("width", "height", "frames", "steps", "fps", "text_tokens"), int),
     }
     for key, value in options.items():
         if key not in kinds:
-            raise ModelFileError(f"{path}: unknown option {key}; allowed are {', '.join(sorted(kinds))}")
+            raise WeightFileError(f"{path}: unknown option {key}; allowed are {', '.join(sorted(kinds))}")
         if not isinstance(value, kinds[key]) or isinstance(value, bool):
-            raise ModelFileError(f"{path}: {key} has the wrong type, got {value!r}")
+            raise WeightFileError(f"{path}: {key} has the wrong type, got {value!r}")
     if "lora_targets" in options:
         options["lora_targets"] = tuple(options["lora_targets"])
     return options
