@@ -56,7 +56,13 @@ class ApplyRewardLora(io.ComfyNode):
                 ),
                 LoraType.Input("lora", optional=True, tooltip="Straight from Train Reward LoRA, without a file."),
             ],
-            outputs=[VideoModelType.Output("video_model_with_lora", display_name="video_model")],
+            outputs=[
+                VideoModelType.Output(
+                    "video_model_with_lora",
+                    display_name="video_model",
+                    tooltip="The model with the LoRA, for Generate Video, training, or another LoRA.",
+                )
+            ],
             hidden=[io.Hidden.unique_id],
         )
 

@@ -32,7 +32,9 @@ class LoadReward(io.ComfyNode):
                     "with the pack.",
                 ),
             ],
-            outputs=[RewardType.Output("reward", display_name="reward")],
+            outputs=[
+                RewardType.Output("reward", display_name="reward", tooltip="For Score Frames and Train Reward LoRA.")
+            ],
         )
 
     @classmethod

@@ -43,7 +43,11 @@ class LoadVideoModel(io.ComfyNode):
                     tooltip="A model's folder anywhere on this computer. If given, it counts instead of the name.",
                 ),
             ],
-            outputs=[VideoModelType.Output("video_model", display_name="video_model")],
+            outputs=[
+                VideoModelType.Output(
+                    "video_model", display_name="video_model", tooltip="For every other node of this pack."
+                )
+            ],
         )
 
     @classmethod
