@@ -7,11 +7,11 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 import tyro
-from tyro.conf import OmitArgPrefixes, Positional, UseAppendAction
+from tyro.conf import Positional, UseAppendAction
 
 from .lora.adapter import LoraUse, applied, check_strength, linear_shapes
 from .lora.files import match, read_lora
@@ -96,7 +96,7 @@ class Train:
     device: str = "auto"
     dtype: DType = "auto"
     fresh: bool = False
-    config: OmitArgPrefixes[TrainConfig] = field(default_factory=TrainConfig)
+    config: Annotated[TrainConfig, tyro.conf.arg(name="")] = field(default_factory=TrainConfig)
 
     def run(self) -> int:
         from contextlib import closing
