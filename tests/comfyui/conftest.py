@@ -1,0 +1,175 @@
+"""A real ComfyUI as a subprocess, in a folder of its own: nothing of the host's is read or written."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+START_SECONDS, RUN_SECONDS = 180, 180
+
+
+def find_comfyui() -> tuple[Path, Path] | str:
+    """ComfyUI's folder and its Python, or why there is none."""
+    folder = Path(os.environ.get("COMFYUI_PATH") or "~/ComfyUI").expanduser()
+    if not (folder / "main.py").is_file():
+        return f"no ComfyUI in {folder}; set COMFYUI_PATH to test the nodes in a real one"
+    if os.environ.get("COMFYUI_PYTHON"):
+        return folder, Path(os.environ["COMFYUI_PYTHON"])
+    places = [folder / name / part for name in (".venv", "venv") for part in ("bin/python", "Scripts/python.exe")]
+    places.append(folder.parent / "python_embeded" / "python.exe")
+    for python in places:
+        if python.exists():
+            return folder, python
+    return f"no Python next to {folder}; set COMFYUI_PYTHON to the one that runs ComfyUI"
+
+
+def link_folder(link: Path, target: Path) -> None:
+    """A symbolic link, or on Windows, where that needs a right, a junction."""
+    if sys.platform == "win32":
+        import _winapi
+
+        _winapi.CreateJunction(str(target), str(link))
+    else:
+        link.symlink_to(target, target_is_directory=True)
+
+
+@dataclass
+class Outcome:
+    """How a prompt ended.
+
+    Attributes:
+        status: ``success``, ``error``, or ``refused`` before anything ran.
+        message: What the user reads if it failed.
+        outputs: What history lists, by node.
+        cached: Nodes answered from the cache.
+        interrupted: Whether the user's cancel ended it.
+    """
+
+    status: str
+    message: str
+    outputs: dict
+    cached: list[str]
+    interrupted: bool = False
+
+
+class ComfyUI:
+    """Speaks to a running server.
+
+    Args:
+        port: Of the server.
+        base: Its base directory, with ``output`` and ``models`` in it.
+        log: What it prints.
+    """
+
+    def __init__(self, port: int, base: Path, log: Path) -> None:
+        self.url, self.base, self.log = f"http://127.0.0.1:{port}", base, log
+        self.output = base / "output"
+
+    def ask(self, path: str, data: dict | None = None) -> tuple[int, dict]:
+        body = None if data is None else json.dumps(data).encode()
+        request = urllib.request.Request(self.url + path, body, {"Content-Type": "application/json"})
+        try:
+            with urllib.request.urlopen(request, timeout=60) as answer:
+                status, text = answer.status, answer.read()
+        except urllib.error.HTTPError as error:
+            status, text = error.code, error.read()
+        return status, json.loads(text) if text.strip().startswith((b"{", b"[")) else {}
+
+    def queue(self, graph: dict) -> tuple[int, dict]:
+        return self.ask("/prompt", {"prompt": graph})
+
+    def wait(self, prompt_id: str) -> Outcome:
+        deadline = time.monotonic() + RUN_SECONDS
+        while time.monotonic() < deadline:
+            entry = self.ask(f"/history/{prompt_id}")[1].get(prompt_id)
+            if entry:
+                messages = dict(entry["status"]["messages"])
+                return Outcome(
+                    entry["status"]["status_str"],
+                    messages.get("execution_error", {}).get("exception_message", "").strip(),
+                    entry["outputs"],
+                    messages.get("execution_cached", {}).get("nodes", []),
+                    "execution_interrupted" in messages,
+                )
+            time.sleep(0.1)
+        raise TimeoutError(f"no answer after {RUN_SECONDS} s; the log ends:\n{self.log.read_text()[-2000:]}")
+
+    def run(self, graph: dict) -> Outcome:
+        status, answer = self.queue(graph)
+        if status != 200:
+            errors = [e for node in answer.get("node_errors", {}).values() for e in node["errors"]]
+            message = "; ".join(f"{e['message']}: {e['details']}" for e in errors) or str(answer)
+            return Outcome("refused", message, {}, [])
+        return self.wait(answer["prompt_id"])
+
+    def files(self, outcome: Outcome) -> list[Path]:
+        """Every output file that history lists."""
+        found = []
+        for node in outcome.outputs.values():
+            for entries in node.values():
+                found += [
+                    self.output / e["subfolder"] / e["filename"]
+                    for e in entries
+                    if isinstance(e, dict) and e.get("type") == "output"
+                ]
+        return found
+
+
+@pytest.fixture(scope="session")
+def comfyui(tmp_path_factory):
+    found = find_comfyui()
+    if isinstance(found, str):
+        pytest.skip(found)
+    folder, python = found
+    base = tmp_path_factory.mktemp("comfyui") / "deep" / "base"
+    for name in ("custom_nodes", "user", "output", "temp", "input", "models/loras"):
+        (base / name).mkdir(parents=True)
+    link_folder(base / "custom_nodes" / "reward-lora", ROOT)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    log = base.parent / "server.log"
+    command = [python, folder / "main.py", "--cpu", "--port", port, "--base-directory", base]
+    command += ["--user-directory", base / "user", "--database-url", "sqlite:///:memory:"]
+    command += ["--disable-auto-launch", "--preview-method", "none"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1", "PYTHONUTF8": "1"}
+    environment.pop("PYTHONPATH", None)
+    with log.open("wb") as sink:
+        process = subprocess.Popen(
+            [str(part) for part in command], stdout=sink, stderr=subprocess.STDOUT, env=environment, cwd=folder
+        )
+    try:
+        server = ComfyUI(port, base, log)
+        deadline = time.monotonic() + START_SECONDS
+        while True:
+            try:
+                server.ask("/system_stats")
+                break
+            except OSError:
+                if process.poll() is not None or time.monotonic() > deadline:
+                    raise RuntimeError(f"ComfyUI did not start:\n{log.read_text()[-3000:]}") from None
+                time.sleep(0.3)
+        yield server
+    finally:
+        process.terminate()
+        try:
+            process.wait(20)
+        except subprocess.TimeoutExpired:
+            process.kill()
+
+
+def import_seconds(log: str) -> float:
+    """What ComfyUI says the pack's import took."""
+    return float(re.search(r"([\d.]+) seconds(?: \(IMPORT FAILED\))?: .*reward-lora", log)[1])

@@ -1,0 +1,231 @@
+"""The pack in a real ComfyUI: registered, running, cancelled, cached, and polite about bad input."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import re
+import time
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+
+from . import graphs
+from .conftest import import_seconds
+
+pytestmark = pytest.mark.comfyui
+
+NODES = {
+    "RewardLoraLoadVideoModel": "Load Video Model",
+    "RewardLoraGenerateVideo": "Generate Video",
+    "RewardLoraLoadReward": "Load Reward",
+    "RewardLoraScoreFrames": "Score Frames",
+    "RewardLoraTrainRewardLora": "Train Reward LoRA",
+    "RewardLoraApplyRewardLora": "Apply Reward LoRA",
+    "RewardLoraSaveRewardLora": "Save Reward LoRA",
+}
+WORKFLOWS = ("train_reward_lora", "apply_reward_lora", "score_frames")
+
+
+@pytest.fixture(scope="module")
+def info(comfyui):
+    return comfyui.ask("/object_info")[1]
+
+
+def test_nodes_are_registered_without_an_import_error(comfyui, info):
+    assert {key: info[key]["display_name"] for key in NODES if key in info} == NODES
+    log = comfyui.log.read_text()
+    assert "IMPORT FAILED" not in log
+    assert "Cannot import" not in log
+
+
+def test_import_costs_little(comfyui):
+    assert import_seconds(comfyui.log.read_text()) < 0.3
+
+
+@pytest.mark.parametrize("key", NODES)
+def test_node_explains_itself(comfyui, info, key):
+    node = info[key]
+    assert node["category"].startswith("Reward LoRA/")
+    assert len(node["description"]) > 40
+    named = [(name, spec) for group in ("required", "optional") for name, spec in node["input"].get(group, {}).items()]
+    page = (graphs.WORKFLOWS.parent / "web" / "docs" / f"{key}.md").read_text(encoding="utf-8")
+    for name, spec in named:
+        assert spec[1].get("tooltip"), name
+        assert f"| {name} |" in page, f"{name} is missing from {key}.md"
+    assert comfyui.ask(f"/extensions/reward-lora/docs/{key}.md")[0] == 200
+
+
+@pytest.mark.parametrize("name", WORKFLOWS)
+def test_workflow_and_its_twin_agree(info, name):
+    drawn = json.loads((graphs.WORKFLOWS / f"{name}.json").read_text(encoding="utf-8"))
+    twin = json.loads((graphs.WORKFLOWS / "api" / f"{name}.json").read_text(encoding="utf-8"))
+    shown = [node for node in drawn["nodes"] if node["type"] != "Note"]
+    assert Counter(node["type"] for node in shown) == Counter(node["class_type"] for node in twin.values())
+    assert len(shown) < len(drawn["nodes"]), "a note should say what to do"
+    for node in shown:
+        same = twin[str(node["id"])]
+        assert same["class_type"] == node["type"] in info
+        for name, value in same["inputs"].items():
+            linked = isinstance(value, list)
+            assert linked or value in node["widgets_values"], f"{node['type']}.{name}"
+
+
+@pytest.mark.parametrize("name", WORKFLOWS)
+def test_workflow_runs(comfyui, name):
+    outcome = comfyui.run(graphs.workflow(name))
+    assert outcome.status == "success", outcome.message
+    files = comfyui.files(outcome)
+    assert files
+    assert all(file.is_file() for file in files)
+    if name == "train_reward_lora":
+        assert {".safetensors", ".png", ".jsonl", ".mp4", ".webp"} <= {file.suffix for file in files}
+
+
+def frames(comfyui, graph) -> np.ndarray:
+    outcome = comfyui.run(graph)
+    assert outcome.status == "success", outcome.message
+    return np.stack([np.asarray(Image.open(file)) for file in comfyui.files(outcome)])
+
+
+def trained_lora(comfyui) -> str:
+    outcome = comfyui.run(graphs.train(seed=11))
+    assert outcome.status == "success", outcome.message
+    if not outcome.outputs:  # answered from the cache
+        return next(p for p in (comfyui.output / "tests").glob("run_*/run_*.safetensors")).as_posix()
+    file = next(file for file in comfyui.files(outcome) if file.suffix == ".safetensors")
+    return "output/" + file.relative_to(comfyui.output).as_posix()
+
+
+def test_strength_zero_is_the_model_itself(comfyui):
+    lora = trained_lora(comfyui)
+    base = frames(comfyui, graphs.generate())
+    assert np.array_equal(base, frames(comfyui, graphs.apply(lora, 0.0)))
+    assert not np.array_equal(base, frames(comfyui, graphs.apply(lora, 2.0)))
+    # The model is shared: what a LoRA did to it must be gone. Another negative prompt only avoids the cache.
+    assert np.array_equal(base, frames(comfyui, graphs.generate(negative="again", guidance_scale=1.0)))
+
+
+def test_cancel_keeps_a_checkpoint_and_running_again_goes_on(comfyui):
+    before = frames(comfyui, graphs.generate())
+    endless = graphs.train(steps=10_000, sample_every=0, save_every=10_000, prefix="tests/cancel")
+    status, answer = comfyui.queue(endless)
+    assert status == 200, answer
+    deadline = time.monotonic() + 60
+    while not any(p.read_text().count("\n") >= 3 for p in comfyui.output.glob("tests/cancel_*/log.jsonl")):
+        assert time.monotonic() < deadline, comfyui.log.read_text()[-2000:]
+        time.sleep(0.1)
+    comfyui.ask("/interrupt", {})
+    assert comfyui.wait(answer["prompt_id"]).interrupted
+    (folder,) = comfyui.output.glob("tests/cancel_*")
+    (checkpoint,) = folder.glob("checkpoint-*.safetensors")
+    reached = int(checkpoint.stem.partition("-")[2])
+    assert reached >= 2
+    assert (folder / f"{folder.name}.safetensors").is_file()
+    assert np.array_equal(before, frames(comfyui, graphs.generate(negative="later", guidance_scale=1.0)))
+
+    outcome = comfyui.run(graphs.train(steps=reached + 2, sample_every=0, save_every=10_000, prefix="tests/cancel"))
+    assert outcome.status == "success", outcome.message
+    assert list(comfyui.output.glob("tests/cancel_*")) == [folder], "another folder: it did not resume"
+    steps = [json.loads(line)["step"] for line in (folder / "log.jsonl").read_text().splitlines()]
+    assert steps == list(range(reached + 3))
+
+
+def test_same_inputs_come_from_the_cache_and_another_seed_trains_again(comfyui):
+    def run(seed: int):
+        graph = graphs.train(prefix="tests/seed", seed=seed)
+        outcome = comfyui.run(graph)
+        assert outcome.status == "success", outcome.message
+        return graphs.train_key(graph) in outcome.cached, len(list(comfyui.output.glob("tests/seed_*")))
+
+    assert run(1) == (False, 1)
+    assert run(1) == (True, 1)
+    assert run(2) == (False, 2)
+
+
+class Trap:
+    """Writes a file if unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self):
+        return open, (str(self.path), "w")
+
+
+@pytest.fixture(scope="module")
+def bad_files(comfyui):
+    """LoRA files that cannot be used, in models/loras; gives the trap's file."""
+    loras, trap = comfyui.base / "models" / "loras", comfyui.base / "sprung"
+    (loras / "pickle.safetensors").write_bytes(pickle.dumps(Trap(trap)))
+    key = "diffusion_model.blocks.0.self_attn.q"
+    pair = {f"{key}.lora_A.weight": torch.zeros(4, 5120), f"{key}.lora_B.weight": torch.zeros(5120, 4)}
+    save_file(pair, loras / "other.safetensors", {"base_model": "Wan2.1-T2V-14B"})
+    whole = (loras / "other.safetensors").read_bytes()
+    (loras / "cut.safetensors").write_bytes(whole[: len(whole) // 2])
+    (comfyui.base / "input" / "empty.txt").write_text("\n")
+    (comfyui.base / "input" / "latin.txt").write_bytes("ein gr\u00fcner Kreis".encode("latin-1"))
+    return trap
+
+
+def untouched(comfyui) -> set[Path]:
+    """Everything that lies beside the output folder, where nothing may appear."""
+    skip = [comfyui.base / name for name in ("output", "temp", "user", "custom_nodes")]
+    return {
+        path
+        for path in comfyui.base.parent.parent.rglob("*")
+        if not any(path == folder or folder in path.parents for folder in skip)
+    }
+
+
+BAD = {
+    "strength": (graphs.apply("builtin: colour fix", 7.0), "7.0 bigger than max of 2"),
+    "unknown reward": (graphs.score("beauty"), "unknown reward 'beauty'; known are tiny_clip"),
+    "reward without files": (graphs.score("pickscore"), "pickscore"),
+    "score without a prompt": (graphs.score(prompt=" "), "needs a prompt"),
+    "frames": (graphs.generate(frames=82), "must be 4n.1 .*got 82; the nearest is 81"),
+    "height": (graphs.generate(height=250), "multiples of .*250; the nearest is"),
+    "train frames": (graphs.train(frames=82), "the nearest is 81"),
+    "prefix": (graphs.train(prefix="../../x"), "leads out of the output folder"),
+    "empty prefix": (graphs.train(prefix=""), "the prefix must be a name"),
+    "no prompts": (graphs.train(prompts=" ", prompt_file=""), "at least one prompt"),
+    "empty prompt file": (graphs.train(prompt_file="empty.txt"), "empty.txt holds no prompt"),
+    "prompt file not UTF-8": (graphs.train(prompt_file="latin.txt"), "not UTF-8"),
+    "unknown setting": (graphs.train(advanced="speed: 3"), "unknown setting 'speed'"),
+    "broken setting": (graphs.train(advanced="a: ["), "advanced is not valid YAML"),
+    "too many steps trained": (graphs.train(backprop_num_steps=99), "num_steps must be at most"),
+    "another model's LoRA": (graphs.apply("other.safetensors", 1.0), "was made for another model"),
+    "truncated LoRA": (graphs.apply("cut.safetensors", 1.0), "truncated|cut short"),
+    "pickle": (graphs.apply("pickle.safetensors", 1.0), "pickle.*run code"),
+    "LoRA outside": (graphs.apply("output/../../../x.safetensors", 1.0), "leads out|not in list"),
+    "no such LoRA": (graphs.apply("none.safetensors", 1.0), "there is no LoRA|not in list"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_answered_in_a_sentence(comfyui, bad_files, case):
+    graph, expected = BAD[case]
+    before = untouched(comfyui)
+    outcome = comfyui.run(graph)
+    assert outcome.status in ("error", "refused")
+    assert re.search(expected, outcome.message), outcome.message
+    assert "Traceback" not in outcome.message
+    assert untouched(comfyui) == before
+    assert not bad_files.exists(), "code from a pickle was executed"
+
+
+def test_save_refuses_to_leave_the_output_folder(comfyui, bad_files):
+    graph = graphs.workflow("train_reward_lora")
+    key = next(k for k, n in graph.items() if n["class_type"] == "RewardLoraSaveRewardLora")
+    graph[key]["inputs"]["prefix"] = "../../x"
+    before = untouched(comfyui)
+    status, answer = comfyui.queue(graph)
+    assert "leads out of the output folder" in str(answer["node_errors"][key]["errors"])
+    if status == 200:  # the other outputs of the graph run
+        comfyui.wait(answer["prompt_id"])
+    assert untouched(comfyui) == before
