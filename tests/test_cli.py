@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 from reward_lora import cli
+from reward_lora.cli.shared import ROOT
 from reward_lora.training.config import TrainConfig
 from safetensors.torch import save_file
 
-ROOT = Path(cli.__file__).parent
 FIXTURES = Path(__file__).parent / "fixtures"
 
 

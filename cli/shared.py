@@ -1,0 +1,94 @@
+"""What several commands share: devices, LoRAs, rewards and names as a user writes them."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from ..lora.adapter import LoraUse, check_strength
+from ..lora.files import read_lora
+from ..reward_models import load_reward
+from ..reward_models.protocol import Reward
+from ..training.prompts import read_prompts
+from ..video_models import BUILTIN
+
+ROOT = Path(__file__).resolve().parent.parent
+DType = Literal["auto", "float32", "bfloat16", "float16"]
+
+
+def pick_device(name: str) -> str:
+    """``auto`` is the GPU if there is one."""
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=name)
+    except RuntimeError as error:
+        raise ValueError(f"device {name} cannot be used ({str(error).splitlines()[0]}); try auto or cpu") from None
+    return name
+
+
+def parse_lora(text: str) -> LoraUse:
+    """``path`` or ``path:strength``."""
+    path, _, strength = text.rpartition(":")
+    if path:
+        try:
+            return LoraUse(read_lora(path), check_strength(float(strength)))
+        except ValueError as error:
+            if Path(path).exists():  # otherwise the colon was part of the path
+                if "could not convert" in str(error):
+                    raise ValueError(f"--lora takes PATH or PATH:STRENGTH, got {text}") from None
+                raise
+    return LoraUse(read_lora(text), 1.0)
+
+
+def find_reward(name: str, path: Path | None, device: str) -> Reward:
+    """A reward of the table, or one of the user's own as ``file.py:NAME`` (a class or an object)."""
+    file, _, attribute = name.rpartition(":")
+    if not file.endswith(".py"):
+        return load_reward(name, path, device)
+    if not Path(file).is_file():
+        raise ValueError(f"there is no file {file} to take the reward {attribute} from")
+    spec = importlib.util.spec_from_file_location("reward_of_ones_own", file)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    reward = getattr(module, attribute, None)
+    if reward is None:
+        raise ValueError(f"{file} defines no {attribute}")
+    reward = reward() if isinstance(reward, type) else reward
+    if not isinstance(reward, Reward):
+        raise ValueError(f"{name} is no reward: it needs name, differentiable, needs and score (see the README)")
+    return reward
+
+
+def plain_name(name: str) -> str:
+    """Refuse names that would lead out of the output folder."""
+    if not name or name in (".", "..") or any(c in name for c in '/\\:*?"<>|') or name != name.strip():
+        raise ValueError(f"the name must be a plain file name without folders, got {name!r}")
+    return name
+
+
+def builtin_or_given(prompts: Path | None, model: str) -> list[str]:
+    if prompts is None and model != BUILTIN:
+        raise ValueError("give --prompts FILE: a text file with one prompt a line")
+    return read_prompts(prompts or ROOT / "assets" / "prompts_train.txt")
+
+
+def read_recipe(name: str) -> dict[str, Any]:
+    """Settings of a recipe that ships with the pack, or of a YAML file."""
+    import yaml
+
+    shipped = ROOT / "recipes" / f"{name}.yaml"
+    path = shipped if shipped.is_file() else Path(name)
+    if not path.is_file():
+        known = ", ".join(sorted(p.stem for p in shipped.parent.glob("*.yaml")))
+        raise ValueError(f"no recipe {name!r}: give a YAML file or one of {known}")
+    try:
+        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path.name} is not YAML: {str(error).splitlines()[0]}") from None
+    if not isinstance(data, dict):
+        raise ValueError(f"{path.name} must hold settings as `name: value`")
+    return data

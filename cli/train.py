@@ -1,0 +1,137 @@
+"""Training from the command line."""
+
+from __future__ import annotations
+
+from contextlib import closing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+from tyro.conf import UseAppendAction
+
+from ..lora.adapter import applied
+from ..training.checkpoint import list_checkpoints
+from ..training.config import TrainConfig
+from ..training.prompts import read_prompts
+from ..video_models import BUILTIN, load_video_model
+from .shared import DType, builtin_or_given, find_reward, parse_lora, pick_device, plain_name, read_recipe
+
+
+@dataclass
+class Train:
+    """Train a reward LoRA by reward backpropagation.
+
+    Run it again with the same settings to go on from the last checkpoint. Ctrl-C stops, and loses nothing.
+
+    Attributes:
+        name: Of the run and of the LoRA it writes.
+        output_dir: The run's folder is made in here.
+        model: A folder with a video model, or `builtin`, the tiny one that ships with the pack.
+        reward: What the LoRA should make better: a name, or your own as `file.py:NAME`.
+        reward_path: Folder of the reward model's files.
+        prompts: Text file, one prompt a line, or .jsonl with `prompt`.
+        sample_prompts: Prompts for the evaluations on fixed seeds; the first training prompts if not given.
+        recipe: A recipe's name or YAML file: settings that other flags then change.
+        lora: LoRA to keep applied while training, PATH or PATH:STRENGTH; may be repeated.
+        device: `auto`, `cpu`, `cuda`, `cuda:1`.
+        dtype: Number type of the frozen model.
+        fresh: Begin anew although the folder holds a run; its checkpoints are deleted.
+        config: The settings of the run.
+    """
+
+    name: str = "reward-lora"
+    output_dir: Path = Path("outputs")
+    model: str = BUILTIN
+    reward: str = "tiny_clip"
+    reward_path: Path | None = None
+    prompts: Path | None = None
+    sample_prompts: Path | None = None
+    recipe: str = ""
+    lora: UseAppendAction[tuple[str, ...]] = ()
+    device: str = "auto"
+    dtype: DType = "auto"
+    fresh: bool = False
+    config: Annotated[TrainConfig, tyro.conf.arg(name="")] = field(default_factory=TrainConfig)
+
+    def run(self) -> int:
+        from tqdm import tqdm
+
+        from ..training.trainer import Trainer
+
+        prompts = builtin_or_given(self.prompts, self.model)
+        sample_prompts = read_prompts(self.sample_prompts) if self.sample_prompts else ()
+        folder = self.output_dir / plain_name(self.name)
+        uses = [parse_lora(text) for text in self.lora]
+        device = pick_device(self.device)
+        reward = find_reward(self.reward, self.reward_path, device)
+        model = load_video_model(self.model, dtype=self.dtype, device=device)
+        if self.fresh:
+            delete_checkpoints(folder)
+        with applied(model, uses) as reports:
+            for line in reports:
+                print(line)
+            trainer = Trainer(model, reward, prompts, self.config, folder, sample_prompts=sample_prompts,
+                              cache=self.output_dir / "text-cache")  # fmt: skip
+            print(f"{trainer.config.steps} steps of {model.spec.name} towards {reward.name}, files in {folder}")
+            with tqdm(total=trainer.config.steps, unit="step") as bar, closing(iter(trainer)) as events:
+                try:
+                    for event in events:
+                        bar.n = event.step
+                        bar.set_postfix_str(describe(event))
+                        if event.evaluation:
+                            bar.write(
+                                f"step {event.step}: reward {event.evaluation.reward:.4f} on fixed prompts and seeds"
+                            )
+                        if event.skipped:
+                            bar.write(f"step {event.step} skipped: {event.skipped}")
+                except KeyboardInterrupt:
+                    bar.close()
+                    print(f"\nstopped; run the same command to go on. LoRA so far: {trainer.lora_path}")
+                    return 130
+        print(f"LoRA: {trainer.lora_path}\ncurve: {folder / 'reward.png'}\nvideos: {folder / 'samples'}")
+        return 0
+
+
+def describe(event: Any) -> str:
+    return (
+        f"reward {event.reward:.4f}, gradient {event.grad_norm:.2e}, "
+        f"{event.seconds:.1f} s, {event.memory / 2**30:.2f} GiB"
+    )
+
+
+@dataclass
+class Demo:
+    """Train a reward LoRA on the built-in model and show what it changed on unseen prompts.
+
+    Attributes:
+        output_dir: The folder `quickstart` is made in here.
+        unseen: How many prompts that are never trained on to judge before and after.
+        steps: Optimiser steps; 0 takes the recipe's.
+        seed: Source of all chance.
+        device: `auto`, `cpu`, `cuda`, `cuda:1`.
+        resume: Go on from the checkpoint of an earlier demonstration instead of beginning anew.
+    """
+
+    output_dir: Path = Path("outputs")
+    unseen: int = 128
+    steps: int = 0
+    seed: int = 42
+    device: str = "auto"
+    resume: bool = False
+
+    def run(self) -> int:
+        from ..demo import run
+
+        data = read_recipe("builtin")["config"] | {"seed": self.seed}
+        if self.steps:
+            data["steps"] = self.steps
+        folder = self.output_dir / "quickstart"
+        if not self.resume:
+            delete_checkpoints(folder)
+        return run(TrainConfig.from_dict(data), folder, pick_device(self.device), self.unseen)
+
+
+def delete_checkpoints(folder: Path) -> None:
+    for path in list_checkpoints(folder):
+        path.unlink()
