@@ -1,0 +1,42 @@
+"""On a GPU: the same gradients as on the CPU, and memory that does not grow with the trained steps."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from reward_lora.lora.adapter import inject_new
+from reward_lora.selfcheck import exactness
+from reward_lora.training.gradient import Objective, Walk, judge, replay, rollout
+from reward_lora.training.schedule import BackpropSchedule
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device: the GPU is not tested here"),
+]
+
+
+def gradients_of_a_step(device):
+    model = exactness.tiny_wan(dtype=torch.float32)
+    model.to(device)
+    adapter = inject_new(model.transformer, ("all-linear",), rank=2, alpha=2.0, seed=1)
+    with torch.no_grad():
+        for parameter in adapter.parameters().values():
+            parameter.copy_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(2)) * 0.2)
+    text = torch.randn(4, 8, generator=torch.Generator().manual_seed(3))
+    walk = Walk(model, model.conditioning([text], [text * 0], exactness.LATENT_SHAPE), 3.0)
+    plan = BackpropSchedule("tail", 3).draw(model.sigmas(exactness.STEPS), 0)
+    final, kept = rollout(walk, model.initial_latents(exactness.LATENT_SHAPE, [4]), plan)
+    verdict = judge(walk, final, exactness.ToyReward(), [""], Objective(), judged_latents=0)
+    replay(walk, kept, plan, verdict.gradient)
+    return {key: value.cpu() for key, value in exactness.gradients(adapter).items()}
+
+
+def test_gradients_agree_with_the_cpu():
+    assert exactness.relative_error(gradients_of_a_step("cuda"), gradients_of_a_step("cpu")) < 1e-3
+
+
+def test_memory_does_not_grow_with_the_trained_steps():
+    from reward_lora.benchmarks.replay import measure
+
+    few, many = (measure("replay", k, "cuda", 24, 1)["mib"] for k in (2, 8))
+    assert many < 1.1 * few
