@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import logging
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from types import TracebackType
 
 import comfy.model_management
@@ -43,6 +45,11 @@ def engine() -> Iterator[None]:
     try:
         with torch.inference_mode(False), torch.enable_grad():
             yield
+    except ModuleNotFoundError as error:
+        sentence = (
+            f"the Python package {error.name} is not installed where ComfyUI runs; install what this pack needs: "
+            f"{sys.executable} -m pip install -r {Path(__file__).resolve().parents[1] / 'requirements.txt'}"
+        )
     except (ValueError, RuntimeError) as error:
         if not _is_ours(error.__traceback__):
             raise

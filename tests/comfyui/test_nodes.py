@@ -229,3 +229,16 @@ def test_save_refuses_to_leave_the_output_folder(comfyui, bad_files):
     if status == 200:  # the other outputs of the graph run
         comfyui.wait(answer["prompt_id"])
     assert untouched(comfyui) == before
+
+
+def test_training_widgets_are_the_settings_with_their_defaults(info):
+    from reward_lora.training.config import TrainConfig
+
+    settings = TrainConfig().to_dict()
+    settings |= {f"backprop_{name}": value for name, value in settings["backprop"].items()}
+    node = info["RewardLoraTrainRewardLora"]["input"]
+    own = {"video_model", "reward", "prompts", "prefix", "prompt_file", "sample_prompts", "advanced"}
+    widgets = {name: spec for group in ("required", "optional") for name, spec in node[group].items()}
+    assert len(widgets) > 20
+    for name in widgets.keys() - own:
+        assert widgets[name][1]["default"] == settings[name], name
