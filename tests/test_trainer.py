@@ -130,6 +130,20 @@ def test_cancel_in_the_middle_of_a_step(wan, reward, config, tmp_path):
     assert trainer.lora_path.exists()
 
 
+def test_cancel_in_an_evaluation_keeps_the_step(wan, reward, config, tmp_path):
+    def tick(phase):
+        if phase == "decode" and any("-000002" in p.name for p in list_checkpoints(tmp_path / "run")):
+            raise KeyboardInterrupt
+
+    trainer = Trainer(wan, reward, PROMPTS, replace(config, steps=9, sample_every=3), tmp_path / "run", tick=tick)
+    with pytest.raises(KeyboardInterrupt):
+        list(trainer)
+    resumed = list(Trainer(wan, reward, PROMPTS, replace(config, steps=9, sample_every=3), tmp_path / "run"))
+    steps = [json.loads(line)["step"] for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    assert steps == list(range(10))
+    assert resumed[-1].step == 9
+
+
 def test_a_nan_skips_the_step_and_many_stop_the_run(wan, reward, config, tmp_path):
     class Sick(type(reward)):
         calls = 0

@@ -7,7 +7,7 @@ import logging
 import math
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
 import torch
@@ -174,6 +174,12 @@ class Trainer:
                     yield self._logged(before)
                 while progress.step < c.steps:
                     event = self._step(progress, parameters, optimizer)
+                    if c.sample_every and (progress.step % c.sample_every == 0 or progress.step == c.steps):
+                        try:
+                            event = replace(event, evaluation=self._evaluate(progress.step))
+                        except BaseException:  # the step is made, whatever became of its evaluation
+                            self._logged(event)
+                            raise
                     if progress.step % c.save_every == 0 or progress.step == c.steps:
                         save_checkpoint(self.folder, progress, self._identity, parameters, optimizer)
                         saved_at = progress.step
@@ -231,10 +237,9 @@ class Trainer:
         progress.step += 1
         progress.skipped += bool(trouble)
         progress.skipped_in_a_row = progress.skipped_in_a_row + 1 if trouble else 0
-        due = c.sample_every and (progress.step % c.sample_every == 0 or progress.step == c.steps)
+        reward, loss, seconds = sum(rewards) / len(rewards), sum(losses) / len(losses), time.monotonic() - started
         return StepEvent(
-            progress.step, c.steps, sum(rewards) / len(rewards), sum(losses) / len(losses), grad_norm, learning_rate,
-            time.monotonic() - started, self._memory(), trouble, self._evaluate(progress.step) if due else None,
+            progress.step, c.steps, reward, loss, grad_norm, learning_rate, seconds, self._memory(), trouble
         )  # fmt: skip
 
     def _encode_prompts(self) -> None:
