@@ -25,7 +25,7 @@ from .training.trainer import Trainer
 from .video_models import BUILTIN, load_video_model
 from .video_models.protocol import VideoModel
 
-ATTRIBUTES = ("colour", "shape", "motion", "background")
+ATTRIBUTES = ("colour", "shape", "direction", "background")
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Report:
 
     Attributes:
         reward: ``[N]``.
-        accuracy: Of every attribute, ``[N]`` of 0 and 1.
+        accuracy: What the oracle says of every attribute, ``[N]`` of 0 and 1, and ``motion`` in pixels.
         frames: ``[N, 3, T, H, W]``.
     """
 
@@ -62,11 +62,14 @@ def examine(model: VideoModel, reward: Reward, prompts: Sequence[str], batch: in
 
 def table(reports: dict[str, Report]) -> str:
     """Reward and oracle accuracies of several reports, side by side."""
-    lines = [f"{'':14}" + "".join(f"{name:>14}" for name in reports)]
-    lines.append(f"{'reward':14}" + "".join(f"{float(r.reward.mean()):14.3f}" for r in reports.values()))
+    lines = [f"{'':16}" + "".join(f"{name:>14}" for name in reports)]
+    lines.append(f"{'reward':16}" + "".join(f"{float(r.reward.mean()):14.3f}" for r in reports.values()))
     for key in ATTRIBUTES:
         cells = "".join(f"{100 * float(r.accuracy[key].float().mean()):13.1f}%" for r in reports.values())
-        lines.append(f"{key + ' right':14}{cells}")
+        lines.append(f"{key + ' right':16}{cells}")
+    lines.append(
+        f"{'motion, pixels':16}" + "".join(f"{float(r.accuracy['motion'].mean()):14.1f}" for r in reports.values())
+    )
     return "\n".join(lines)
 
 

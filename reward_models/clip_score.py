@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..files import WeightFileError, read_safetensors
 from .preprocess import CLIP_MEAN, CLIP_STD, normalize, resize_and_crop
 
 MAX_FRAMES_AT_ONCE = 32
@@ -39,12 +40,23 @@ class ClipScore:
 
     @classmethod
     def load(cls, folder: Path | str, name: str, *, scaled: bool = False, device: str = "cpu") -> ClipScore:
-        """Read a folder in the layout of transformers' ``CLIPModel`` (safetensors only)."""
-        from transformers import AutoTokenizer, CLIPModel
+        """Read a folder in the layout of transformers' ``CLIPModel``, weights in safetensors.
 
-        model = CLIPModel.from_pretrained(folder, use_safetensors=True, torch_dtype=torch.float32)
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-        return cls(model.to(device), tokenizer, name, scaled=scaled)
+        Raises:
+            WeightFileError: The weights are missing, damaged, or of another model.
+        """
+        from transformers import AutoTokenizer, CLIPConfig, CLIPModel
+
+        tensors, _ = read_safetensors(Path(folder) / "model.safetensors")
+        model = CLIPModel(CLIPConfig.from_pretrained(folder))
+        expected = model.state_dict()
+        tensors = {key: value.float() for key, value in tensors.items() if not key.endswith(".position_ids")}
+        wrong = [key for key in expected if key not in tensors or tensors[key].shape != expected[key].shape]
+        wrong = [key for key in wrong if not key.endswith(".position_ids")] + sorted(tensors.keys() - expected.keys())
+        if wrong:
+            raise WeightFileError(f"{folder} is no CLIP that fits its config.json: {wrong[0]} is missing or wrong")
+        model.load_state_dict(tensors, strict=False)
+        return cls(model.to(device), AutoTokenizer.from_pretrained(folder), name, scaled=scaled)
 
     @property
     def device(self) -> torch.device:
