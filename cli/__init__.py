@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import argparse
 import logging
 import sys
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 import tyro
 
 from ..training.config import TrainConfig
+from ..training.trainer import TrainingStopped
+from ..video_models import BUILTIN
 from .shared import read_recipe
 from .train import Demo, Train
 from .use import Generate, Inspect, Score, Selfcheck
@@ -35,26 +39,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return 0 if arguments in ([], ["--help"], ["-h"]) else 2
         command, rest = COMMANDS[arguments[0]], arguments[1:]
         default = None
-        if command is Train and (recipe := _recipe_argument(rest)):
+        if command is Train and (recipe := _recipe_of(rest)):
             data = read_recipe(recipe)
             default = Train(config=TrainConfig.from_dict(data.pop("config", {})), recipe=recipe, **_checked(data))
         return tyro.cli(command, args=rest, default=default, prog=f"reward-lora {arguments[0]}").run()
-    except (ValueError, RuntimeError, OSError) as error:
-        if logging.getLogger().isEnabledFor(logging.DEBUG):
-            raise
+    except torch.OutOfMemoryError as error:
+        advice = "try fewer or smaller frames, a smaller batch_size, or batched_guidance off"
+        print(f"error: the device's memory is too small ({str(error).splitlines()[0]}); {advice}", file=sys.stderr)
+        return 2
+    except (ValueError, OSError, TrainingStopped) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130
 
 
-def _recipe_argument(arguments: Sequence[str]) -> str:
-    for index, argument in enumerate(arguments):
-        if argument == "--recipe":
-            return arguments[index + 1] if index + 1 < len(arguments) else ""
-        if argument.startswith("--recipe="):
-            return argument.partition("=")[2]
-    return ""
+def _recipe_of(arguments: Sequence[str]) -> str:
+    """The recipe asked for; without one, the built-in model is trained by its own."""
+    scout = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    scout.add_argument("--recipe", default="")
+    scout.add_argument("--model", default=BUILTIN)
+    known, _ = scout.parse_known_args(arguments)
+    return known.recipe or (BUILTIN if known.model == BUILTIN else "")
 
 
 def _checked(data: dict[str, Any]) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from ..lora.adapter import applied
 from ..training.checkpoint import list_checkpoints
 from ..training.config import TrainConfig
 from ..training.prompts import read_prompts
+from ..training.trainer import Trainer
 from ..video_models import BUILTIN, load_video_model
 from .shared import DType, builtin_or_given, find_reward, parse_lora, pick_device, plain_name, read_recipe
 
@@ -32,7 +33,7 @@ class Train:
         reward_path: Folder of the reward model's files.
         prompts: Text file, one prompt a line, or .jsonl with `prompt`.
         sample_prompts: Prompts for the evaluations on fixed seeds; the first training prompts if not given.
-        recipe: A recipe's name or YAML file: settings that other flags then change.
+        recipe: A recipe's name or YAML file: settings that other flags then change. The built-in model has one.
         lora: LoRA to keep applied while training, PATH or PATH:STRENGTH; may be repeated.
         device: `auto`, `cpu`, `cuda`, `cuda:1`.
         dtype: Number type of the frozen model.
@@ -56,8 +57,6 @@ class Train:
 
     def run(self) -> int:
         from tqdm import tqdm
-
-        from ..training.trainer import Trainer
 
         prompts = builtin_or_given(self.prompts, self.model)
         sample_prompts = read_prompts(self.sample_prompts) if self.sample_prompts else ()
