@@ -136,9 +136,13 @@ class Progress:
         """Move the bar, and show a picture ``[H, W, 3]`` uint8 and a text on the node. A cancel point too."""
         self._done, self._sent = done, time.monotonic()
         if text:
-            say(text, self._node_id)
+            self.say(text)
         preview = None if picture is None else ("JPEG", Image.fromarray(picture), max(picture.shape[:2]))
         self._bar.update_absolute(done, self._total, preview)
+
+    def say(self, text: str) -> None:
+        """Show a text on the node."""
+        say(text, self._node_id)
 
 
 def say(text: str, node_id: str | None) -> None:

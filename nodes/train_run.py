@@ -10,6 +10,7 @@ from pathlib import Path
 import folder_paths
 import numpy as np
 import torch
+from comfy.model_management import InterruptProcessingException
 from comfy_api.latest import io
 from PIL import Image
 from torch import Tensor
@@ -84,21 +85,7 @@ class TrainingRun:
                 cache=cache,
                 tick=progress,
             )
-            made, seconds, skipped, drawn = 0, 0.0, 0, 0.0
-            with closing(iter(trainer)) as events:
-                for event in events:
-                    made, seconds, skipped = (
-                        made + (event.step > 0),
-                        seconds + event.seconds,
-                        skipped + bool(event.skipped),
-                    )
-                    if event.evaluation:
-                        self.first = self.first if event.step else event.evaluation
-                        self.last = event.evaluation
-                    picture = None
-                    if event.evaluation or seconds - drawn > REDRAW:
-                        picture, drawn = self._picture(trainer, f"step {event.step}"), seconds
-                    progress.show(event.step, picture, _line(event))
+            made, seconds, skipped = self._follow(trainer, progress)
             lora = load_lora(trainer.lora_path)
             before, after = self._clips(lora, progress)
         curve, picture = trainer.curve(), self._picture(trainer, f"step {config.steps}", before, after)
@@ -115,6 +102,27 @@ class TrainingRun:
             summary,
             ui={"images": folders.listed(overview), "files": folders.listed(*kept), "text": [summary]},
         )
+
+    def _follow(self, trainer: Trainer, progress: Progress) -> tuple[int, float, int]:
+        """Make the steps and show them. Gives the steps made now, their seconds, and how many were skipped."""
+        made, seconds, skipped, drawn = 0, 0.0, 0, 0.0
+        try:
+            with closing(iter(trainer)) as events:
+                for event in events:
+                    made += event.step > 0
+                    seconds += event.seconds
+                    skipped += bool(event.skipped)
+                    if event.evaluation:
+                        self.first = self.first if event.step else event.evaluation
+                        self.last = event.evaluation
+                    picture = None
+                    if event.evaluation or seconds - drawn > REDRAW:
+                        picture, drawn = self._picture(trainer, f"step {event.step}"), seconds
+                    progress.show(event.step, picture, _line(event))
+        except InterruptProcessingException:
+            progress.say("cancelled; what was learned is saved, and running the same settings again goes on from there")
+            raise
+        return made, seconds, skipped
 
     def _clips(self, lora: LoraFile, progress: Progress) -> tuple[Tensor, Tensor]:
         """The samples without and with the LoRA; painted now if the run did not, as when it was resumed."""

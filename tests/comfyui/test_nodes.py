@@ -84,7 +84,7 @@ def test_workflow_runs(comfyui, name):
     assert files
     assert all(file.is_file() for file in files)
     if name == "train_reward_lora":
-        assert {".safetensors", ".png", ".jsonl", ".mp4", ".webp"} <= {file.suffix for file in files}
+        assert {".safetensors", ".png", ".jsonl", ".mp4"} <= {file.suffix for file in files}
 
 
 def frames(comfyui, graph) -> np.ndarray:
