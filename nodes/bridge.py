@@ -19,6 +19,7 @@ from server import PromptServer
 from torch import Tensor
 
 from ..reward_models.protocol import Reward
+from ..training.trainer import TrainingStopped
 from ..video_models.protocol import VideoModel
 
 log = logging.getLogger(__name__)
@@ -50,7 +51,7 @@ def engine() -> Iterator[None]:
             f"the Python package {error.name} is not installed where ComfyUI runs; install what this pack needs: "
             f"{sys.executable} -m pip install -r {Path(__file__).resolve().parents[1] / 'requirements.txt'}"
         )
-    except (ValueError, RuntimeError) as error:
+    except (ValueError, TrainingStopped) as error:
         if not _is_ours(error.__traceback__):
             raise
         log.debug("refused", exc_info=True)
@@ -91,7 +92,7 @@ def picture_to_image(picture: np.ndarray) -> Tensor:
 
 
 @contextmanager
-def on_device(model: VideoModel | None = None, reward: Reward | None = None) -> Iterator[torch.device]:
+def on_device(model: VideoModel | None = None, reward: Reward | None = None) -> Iterator[None]:
     """Bring what works to ComfyUI's device for the length of a block, and back to where it rests."""
     device = comfy.model_management.get_torch_device()
     rest = comfy.model_management.unet_offload_device()
@@ -101,7 +102,7 @@ def on_device(model: VideoModel | None = None, reward: Reward | None = None) -> 
     try:
         for part in movable:
             part.to(device)
-        yield device
+        yield
     finally:
         for part in movable:
             part.to(rest)

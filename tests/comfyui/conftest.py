@@ -137,13 +137,18 @@ def comfyui(tmp_path_factory):
     for name in ("custom_nodes", "user", "output", "temp", "input", "models/loras"):
         (base / name).mkdir(parents=True)
     link_folder(base / "custom_nodes" / "reward-lora", ROOT)
+    elsewhere = base.parent / "elsewhere"
+    elsewhere.mkdir()
+    link_folder(elsewhere / "my_wan", ROOT / "assets" / "tiny_wan")
+    paths = base.parent / "extra_model_paths.yaml"
+    paths.write_text(f"elsewhere:\n  video_models: {elsewhere.as_posix()}\n", encoding="utf-8")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     log = base.parent / "server.log"
     command = [python, folder / "main.py", "--cpu", "--port", port, "--base-directory", base]
     command += ["--user-directory", base / "user", "--database-url", "sqlite:///:memory:"]
-    command += ["--disable-auto-launch", "--preview-method", "none"]
+    command += ["--extra-model-paths-config", paths, "--disable-auto-launch", "--preview-method", "none"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1", "PYTHONUTF8": "1"}
     environment.pop("PYTHONPATH", None)
     with log.open("wb") as sink:

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors import safe_open
 from safetensors.torch import save_file
 
 from . import graphs
@@ -85,6 +86,19 @@ def test_workflow_runs(comfyui, name):
     assert all(file.is_file() for file in files)
     if name == "train_reward_lora":
         assert {".safetensors", ".png", ".jsonl", ".mp4"} <= {file.suffix for file in files}
+        (saved,) = (file for file in files if file.parent.name == "loras")
+        with safe_open(saved, "pt") as lora:
+            metadata = lora.metadata()
+        assert metadata["reward"] == "tiny_clip"
+        assert "RewardLoraTrainRewardLora" in metadata["prompt"], "the file should tell the workflow that made it"
+
+
+def test_models_of_extra_model_paths_are_listed_and_load(comfyui, info):
+    assert "my_wan" in str(info["RewardLoraLoadVideoModel"]["input"]["required"]["name"])
+    graph = graphs.generate(steps=1)
+    graph["1"]["inputs"]["name"] = "my_wan"
+    outcome = comfyui.run(graph)
+    assert outcome.status == "success", outcome.message
 
 
 def frames(comfyui, graph) -> np.ndarray:
