@@ -195,7 +195,7 @@ def _build(cls: type, data: dict[str, Any]) -> Any:
             value = _build(nested[name], value)
         elif isinstance(value, list):
             value = tuple(value)
-        elif isinstance(value, str) and known[name].type == "float":
-            value = float(value)  # YAML reads 1e-5 as text
+        elif isinstance(value, (str, int)) and known[name].type == "float":
+            value = float(value)  # YAML reads 1e-5 as text, and 8 must give the fingerprint of 8.0
         values[name] = value
     return cls(**values)

@@ -1,10 +1,30 @@
-"""The package without ComfyUI."""
+"""What can be said of the pack without a ComfyUI."""
 
+import json
 import subprocess
 import sys
+from pathlib import Path
+
+import yaml
+from reward_lora.training.config import TrainConfig
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def test_import_needs_no_comfyui_and_costs_nothing():
     code = "import sys, reward_lora; print(reward_lora.WEB_DIRECTORY, *{'torch', 'comfy_api'} & set(sys.modules))"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert run.stdout.strip() == "./web"
+
+
+def test_training_workflow_follows_the_recipe_of_the_built_in_model():
+    recipe = yaml.safe_load((ROOT / "recipes" / "builtin.yaml").read_text(encoding="utf-8"))["config"]
+    graph = json.loads((ROOT / "workflows" / "api" / "train_reward_lora.json").read_text(encoding="utf-8"))
+    (inputs,) = (n["inputs"] for n in graph.values() if n["class_type"] == "RewardLoraTrainRewardLora")
+    settings = TrainConfig().to_dict()
+    for name in settings.keys() & inputs.keys():
+        settings[name] = inputs[name]
+    for name in ("strategy", "num_steps", "coupling"):
+        settings["backprop"][name] = inputs[f"backprop_{name}"]
+    settings |= yaml.safe_load(inputs["advanced"])
+    assert TrainConfig.from_dict(settings).fingerprint() == TrainConfig.from_dict(recipe).fingerprint()
