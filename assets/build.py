@@ -4,8 +4,8 @@
 
 Writes `DIR/tiny_wan` (a diffusers `WanPipeline` folder), `DIR/tiny_clip` (a transformers
 `CLIPModel` folder), the two prompt lists and `figures.json`. The stages are vae, clip, dit, in
-that order; a stage whose folder exists already is skipped, so an interrupted build goes on
-where it stopped. Each stage has its own random stream.
+that order; a stage that `figures.json` has figures of is skipped, so an interrupted build goes
+on where it stopped. Each stage has its own random stream.
 """
 
 import argparse
@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 
-from . import GUIDANCE, SHIFT, STEPS, TEXT_LENGTH, clip, dit, measure, tokenizer, vae, world
+from . import FRAMES, GUIDANCE, HEIGHT, SHIFT, STEPS, TEXT_LENGTH, WIDTH, clip, dit, measure, tokenizer, vae, world
 
 logger = logging.getLogger(__name__)
 
@@ -32,7 +32,7 @@ class Plan:
 
     Attributes:
         vae: stages of `vae.fit`.
-        clip: optimiser steps, pictures per step, learning rate.
+        clip: optimiser steps, pictures per step, learning rates of AdamW and Muon.
         dit: optimiser steps, clips per step, learning rates of AdamW and Muon.
         clips: clips encoded for the transformer.
         samples: clips per measurement.
@@ -44,8 +44,8 @@ class Plan:
         (1000, 8, 9, True, 2e-3),
         (800, 8, 9, False, 2e-3),
     )
-    clip: tuple[int, int, float] = (2000, 64, 2e-3)
-    dit: tuple[int, int, float, float] = (8000, 32, 2e-3, 5e-3)
+    clip: tuple[int, int, float, float] = (2500, 96, 1e-3, 4e-3)
+    dit: tuple[int, int, float, float] = (9000, 32, 2.5e-3, 1e-2)
     clips: int = 8192
     samples: int = 288
 
@@ -95,10 +95,31 @@ def build_clip(out: Path, plan: Plan, generator: torch.Generator, precision: Cal
     return measure.of_clip(model.eval(), autoencoder.cpu(), plan.samples, torch.Generator().manual_seed(1))
 
 
-def build_dit(out: Path, plan: Plan, generator: torch.Generator, precision: Callable) -> dict[str, float]:
-    """Train transformer and text encoder, and write the rest of `tiny_wan`."""
+def write_pipeline(folder: Path, transformer, encoder, autoencoder) -> None:
+    """Write a `WanPipeline` folder."""
     from diffusers import FlowMatchEulerDiscreteScheduler, WanPipeline
 
+    words = tokenizer.create(TEXT_LENGTH)
+    pipeline = WanPipeline(
+        tokenizer=words,
+        text_encoder=encoder,
+        vae=autoencoder,
+        transformer=transformer,
+        scheduler=FlowMatchEulerDiscreteScheduler(num_train_timesteps=1000, shift=SHIFT),
+    )
+    pipeline.save_pretrained(folder)
+    tokenizer.save(words, folder / "tokenizer")
+    path = folder / "model_index.json"
+    index = json.loads(path.read_text(encoding="utf-8")) | {"tokenizer": ["transformers", tokenizer.CLASS]}
+    path.write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    options = {"name": "tiny-wan", "width": WIDTH, "height": HEIGHT, "frames": FRAMES, "fps": 8}
+    options |= {"steps": STEPS, "guidance_scale": GUIDANCE, "text_tokens": TEXT_LENGTH}
+    options["lora_targets"] = ["to_q", "to_k", "to_v", "to_out.0"]
+    (folder / "reward_lora.json").write_text(json.dumps(options, indent=2) + "\n", encoding="utf-8")
+
+
+def build_dit(out: Path, plan: Plan, generator: torch.Generator, precision: Callable) -> dict[str, float]:
+    """Train transformer and text encoder, and write the rest of `tiny_wan`, now and then also on the way."""
     device = generator.device
     autoencoder = _load_vae(out, device)
     latents, captions = vae.dataset(autoencoder, plan.clips, generator, precision)
@@ -107,26 +128,16 @@ def build_dit(out: Path, plan: Plan, generator: torch.Generator, precision: Call
     held_out = world.split_captions()[1][: plan.samples]
 
     def observe(step: int, transformer, encoder) -> None:
-        if step % 500 == 0:
-            with precision():
-                scores = measure.of_samples(transformer, encoder, autoencoder, held_out, 1, STEPS, GUIDANCE)
-            logger.info("dit step %d %s", step, {name: round(value, 3) for name, value in scores.items()})
+        if step % 500:
+            return
+        scores = measure.of_samples(transformer, encoder, autoencoder, held_out, 1, STEPS, GUIDANCE)
+        logger.info("dit step %d %s", step, {name: round(value, 3) for name, value in scores.items()})
+        if step % 1000 == 0:
+            write_pipeline(out / "tiny_wan", transformer, encoder, autoencoder)
 
     dit.fit(transformer, encoder, (latents - mean) / std, captions, generator, *plan.dit, precision, observe=observe)
-    words = tokenizer.create(TEXT_LENGTH)
-    pipeline = WanPipeline(
-        tokenizer=words,
-        text_encoder=encoder.cpu().eval(),
-        vae=autoencoder.cpu(),
-        transformer=transformer.cpu().eval(),
-        scheduler=FlowMatchEulerDiscreteScheduler(num_train_timesteps=1000, shift=SHIFT),
-    )
-    folder = out / "tiny_wan"
-    pipeline.save_pretrained(folder)
-    tokenizer.save(words, folder / "tokenizer")
-    index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
-    index["tokenizer"] = ["transformers", tokenizer.CLASS]
-    (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    transformer, encoder, autoencoder = (module.cpu().eval() for module in (transformer, encoder, autoencoder))
+    write_pipeline(out / "tiny_wan", transformer, encoder, autoencoder)
     figures = {}
     for steps, guidance in ((STEPS, 1.0), (STEPS, 2.0), (STEPS, 4.0), (5, GUIDANCE), (20, GUIDANCE)):
         scores = measure.of_samples(transformer, encoder, autoencoder, held_out, 1, steps, guidance)
@@ -143,9 +154,8 @@ def build(out: Path, seed: int, device: str, stages: tuple[str, ...], plan: Plan
     precision = partial(torch.autocast, where.type, torch.bfloat16)
     path = out / "figures.json"
     figures = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    made = {"vae": out / "tiny_wan" / "vae", "clip": out / "tiny_clip", "dit": out / "tiny_wan" / "transformer"}
     for stage, run in zip(STAGES, (build_vae, build_clip, build_dit), strict=True):
-        if stage not in stages or made[stage].exists():
+        if stage not in stages or stage in figures:
             continue
         began = time.monotonic()
         found = run(out, plan, _stream(seed, stage, where), precision)

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import pictures, tokenizer, vae, world
+from . import optimizers, pictures, tokenizer, vae, world
 
 logger = logging.getLogger(__name__)
 
@@ -42,7 +42,7 @@ def create():
         **shared,
     )
     vision = CLIPVisionConfig(
-        hidden_size=96, intermediate_size=288, num_hidden_layers=3, image_size=world.SIZE, patch_size=4, **shared
+        hidden_size=96, intermediate_size=288, num_hidden_layers=4, image_size=world.SIZE, patch_size=8, **shared
     )
     config = CLIPConfig(
         text_config=text.to_dict(),
@@ -86,23 +86,20 @@ def fit(
     steps: int,
     batch: int,
     rate: float,
+    muon_rate: float,
     precision: Callable,
     report: int = 100,
 ) -> None:
-    """Train on freshly drawn pictures, half of them decoded by the autoencoder."""
+    """Train on freshly drawn pictures, a third of them decoded by the autoencoder."""
     words = tokenizer.create(TEXT_LENGTH, clip=True)
-    decay = [p for p in model.parameters() if p.dim() > 1]
-    plain = [p for p in model.parameters() if p.dim() <= 1]
-    groups = [{"params": decay, "weight_decay": 1e-2}, {"params": plain, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=rate, betas=(0.9, 0.98))
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda s: min(1.0, (s + 1) / 100) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * s / steps)))
-    )
+    blocks = [*model.vision_model.encoder.layers, *model.text_model.encoder.layers]
+    both = optimizers.create(blocks, model, rate, muon_rate)
+    schedules = [torch.optim.lr_scheduler.LambdaLR(one, optimizers.pacing(steps)) for one in both]
     for step in range(steps):
         drawn = pictures.draw(batch, generator)
         target = drawn.similarity()
-        half = batch // 2
-        frames = torch.cat([drawn.frames[:half], through_vae(autoencoder, drawn.frames[half:], generator, precision)])
+        raw = batch - batch // 3
+        frames = torch.cat([drawn.frames[:raw], through_vae(autoencoder, drawn.frames[raw:], generator, precision)])
         frames = pictures.weather(frames, generator)
         captions = pictures.captions(generator)
         with precision():
@@ -110,12 +107,8 @@ def fit(
         cosine = cosine.float()
         grade = (cosine - target).square().mean()
         contrast = F.cross_entropy(cosine[drawn.intact] * model.logit_scale.exp(), drawn.label[drawn.intact])
-        loss = 10.0 * grade + 0.1 * contrast
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
+        loss = 10.0 * grade + 0.3 * contrast
+        optimizers.update(model, both, schedules, loss)
         with torch.no_grad():
             model.logit_scale.clamp_(max=math.log(50.0))
         if step % report == 0 or step == steps - 1:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from . import world
 
-WEIGHTS = {"colour": 0.45, "shape": 0.20, "background": 0.20, "object": 0.15}  # sum 1
+WEIGHTS = {"colour": 0.45, "shape": 0.25, "background": 0.15, "object": 0.15}  # sum 1
 WRECK = -0.10  # similarity of a frame without an intact object, whatever the caption
 CLOSE, FAR = 0.05, 0.73  # RGB distances where a colour counts as right, as wrong; linear between
 
@@ -99,7 +99,7 @@ def _sides(count: int, generator: torch.Generator, centre: Tensor, spread: float
 
 
 def draw(count: int, generator: torch.Generator) -> Pictures:
-    """Draw pictures: a third true frames, a quarter with other colours, the rest spoiled."""
+    """Draw pictures: two fifths true frames, a fifth with other colours, the rest spoiled."""
     device = generator.device
 
     def uniform(*shape: int) -> Tensor:
@@ -115,8 +115,8 @@ def draw(count: int, generator: torch.Generator) -> Pictures:
     ideal = world.coverage(shape, centre, radius)
 
     kind = uniform(count)
-    intact = kind < 0.33
-    recoloured = (kind >= 0.33) & (kind < 0.58)
+    intact = kind < 0.40
+    recoloured = (kind >= 0.40) & (kind < 0.62)
     # a blend with another palette colour, or (every fourth) any colour at all
     palette = torch.tensor([world.PALETTE[name] for name in world.BACKGROUNDS], device=device)
     other = palette[torch.randint(len(palette), (count,), generator=generator, device=device)]
@@ -130,7 +130,7 @@ def draw(count: int, generator: torch.Generator) -> Pictures:
 
     mask = ideal.clone()
     # spoiled: 0 empty, 1 partly erased, 2 torn in blocks, 3 wrong size, 4 clutter, 5 noise
-    spoil = torch.where(kind < 0.58, -1, ((kind - 0.58) / 0.42 * 6.0).long().clamp(max=5))
+    spoil = torch.where(kind < 0.62, -1, ((kind - 0.62) / 0.38 * 6.0).long().clamp(max=5))
     pick = lambda number: (spoil == number)[:, None, None]  # noqa: E731
     cell = 2 if uniform(1).item() < 0.5 else 4
     erased = mask * _sides(count, generator, centre, 6.0)
