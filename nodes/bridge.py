@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -144,6 +145,24 @@ class Progress:
     def say(self, text: str) -> None:
         """Show a text on the node."""
         say(text, self._node_id)
+
+
+@contextmanager
+def patience(text: str, node_id: str | None) -> Iterator[None]:
+    """Show a text and the seconds gone while a long call, such as loading a model, reports nothing itself."""
+    done, started = threading.Event(), time.monotonic()
+
+    def beat() -> None:
+        while not done.wait(HEARTBEAT):
+            say(f"{text} ({time.monotonic() - started:.0f} s)", node_id)
+
+    thread = threading.Thread(target=beat, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
 
 
 def say(text: str, node_id: str | None) -> None:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..reward_models import REWARDS, load_reward
 from . import folders
-from .bridge import Progress, engine, on_device, say, to_frames
+from .bridge import Progress, engine, on_device, patience, say, to_frames
 from .types import LoadedReward, RewardType
 
 
@@ -35,6 +35,7 @@ class LoadReward(io.ComfyNode):
             outputs=[
                 RewardType.Output("reward", display_name="reward", tooltip="For Score Frames and Train Reward LoRA.")
             ],
+            hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
@@ -45,10 +46,11 @@ class LoadReward(io.ComfyNode):
 
     @classmethod
     def execute(cls, name: str, path: str = "") -> io.NodeOutput:
-        with engine():
+        with engine(), patience(f"loading {name}", cls.hidden.unique_id):
             folder = path.strip().strip('"') or folders.reward_folder(REWARDS[name].folder if name in REWARDS else "")
             rest = comfy.model_management.unet_offload_device()
             reward = load_reward(name, folder, str(rest))
+        say(REWARDS[name].summary, cls.hidden.unique_id)
         return io.NodeOutput(LoadedReward(reward, f"{name} {folder or 'builtin'}"))
 
 

@@ -7,7 +7,7 @@ from comfy_api.latest import io
 
 from ..video_models import BUILTIN, load_video_model
 from . import folders
-from .bridge import engine
+from .bridge import engine, patience, say
 from .types import LoadedModel, VideoModelType
 
 DTYPES = ["auto", "bfloat16", "float16", "float32"]
@@ -48,6 +48,7 @@ class LoadVideoModel(io.ComfyNode):
                     "video_model", display_name="video_model", tooltip="For every other node of this pack."
                 )
             ],
+            hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
@@ -59,7 +60,11 @@ class LoadVideoModel(io.ComfyNode):
     @classmethod
     def execute(cls, name: str, dtype: str, path: str = "") -> io.NodeOutput:
         chosen = path.strip().strip('"') or name
-        with engine():
+        with engine(), patience(f"loading {chosen}", cls.hidden.unique_id):
             rest = comfy.model_management.unet_offload_device()
             model = load_video_model(chosen, dtype=dtype, device=rest, search=folders.video_model_roots())
-        return io.NodeOutput(LoadedModel(model, f"{chosen} {dtype}"))
+        spec = model.spec
+        facts = f"{spec.name}: {spec.width}x{spec.height}, {spec.frames} frames, {spec.steps} steps, "
+        facts += f"guidance {spec.guidance_scale:g}"
+        say(facts, cls.hidden.unique_id)
+        return io.NodeOutput(LoadedModel(model, f"{chosen} {dtype}"), ui={"text": [facts]})
