@@ -17,11 +17,22 @@ def test_import_needs_no_comfyui_and_costs_nothing():
     assert run.stdout.strip() == "./web"
 
 
-def test_training_workflow_follows_the_recipe_of_the_built_in_model():
-    recipe = yaml.safe_load((ROOT / "recipes" / "builtin.yaml").read_text(encoding="utf-8"))["config"]
+def training_inputs() -> dict:
     graph = json.loads((ROOT / "workflows" / "api" / "train_reward_lora.json").read_text(encoding="utf-8"))
     (inputs,) = (n["inputs"] for n in graph.values() if n["class_type"] == "RewardLoraTrainRewardLora")
-    settings = TrainConfig().to_dict()
+    return inputs
+
+
+def test_training_workflow_shows_prompts_it_does_not_train_on():
+    unseen = (ROOT / "assets" / "prompts_test.txt").read_text(encoding="utf-8").splitlines()
+    inputs = training_inputs()
+    assert inputs["prompt_file"] == "builtin"
+    assert set(inputs["sample_prompts"].splitlines()) <= set(unseen)
+
+
+def test_training_workflow_follows_the_recipe_of_the_built_in_model():
+    recipe = yaml.safe_load((ROOT / "recipes" / "builtin.yaml").read_text(encoding="utf-8"))["config"]
+    inputs, settings = training_inputs(), TrainConfig().to_dict()
     for name in settings.keys() & inputs.keys():
         settings[name] = inputs[name]
     for name in ("strategy", "num_steps", "coupling"):
