@@ -72,7 +72,9 @@ class TrainRewardLora(io.ComfyNode):
                 LoraType.Output("lora", display_name="lora", tooltip="For Apply and Save Reward LoRA."),
                 io.Image.Output("reward_curve", display_name="reward_curve", tooltip="The reward over the steps."),
                 io.Image.Output(
-                    "before", display_name="before", tooltip="Sample prompts without the LoRA, side by side."
+                    "before",
+                    display_name="before",
+                    tooltip="The first six samples without the LoRA, side by side.",
                 ),
                 io.Image.Output("after", display_name="after", tooltip="The same prompts and seeds with the LoRA."),
                 io.String.Output("summary", display_name="summary", tooltip="The run in words."),

@@ -32,6 +32,9 @@ from .types import LoadedModel, LoadedReward
 REDRAW = 5.0
 """Seconds between drawings of the live preview."""
 
+SHOWN = 6
+"""How many samples are shown and given, at most; the evaluation may use more."""
+
 
 class TrainingRun:
     """One run of the trainer, and what the node shows of it.
@@ -125,10 +128,10 @@ class TrainingRun:
         return made, seconds, skipped
 
     def _clips(self, lora: LoraFile, progress: Progress) -> tuple[Tensor, Tensor]:
-        """The samples without and with the LoRA; painted now if the run did not, as when it was resumed."""
-        before = self.first.frames if self.first else self._paint(progress)
+        """The shown samples without and with the LoRA; painted now if the run did not, as when it was resumed."""
+        before = self.first.frames[:SHOWN] if self.first else self._paint(progress)
         if self.last and self.last is not self.first:
-            return before, self.last.frames
+            return before, self.last.frames[:SHOWN]
         with applied(self.loaded.model, [LoraUse(lora, 1.0)]):
             return before, self._paint(progress)
 
@@ -141,7 +144,7 @@ class TrainingRun:
             progress(phase)
 
         clips = []
-        for index, prompt in enumerate(self.samples):
+        for index, prompt in enumerate(self.samples[:SHOWN]):
             clip = sample_prompt(
                 model,
                 prompt,
@@ -160,12 +163,12 @@ class TrainingRun:
     def _picture(self, trainer: Trainer, label: str, before: Tensor | None = None, after: Tensor | None = None):
         """The reward curve over the samples before and now, ``[H, W, 3]`` uint8."""
         curve = trainer.curve()
-        before = before if before is not None else self.first and self.first.frames
-        after = after if after is not None else self.last and self.last.frames
+        before = before if before is not None else self.first and self.first.frames[:SHOWN]
+        after = after if after is not None else self.last and self.last.frames[:SHOWN]
         rows = [(name, clips) for name, clips in (("before", before), (label, after)) if clips is not None]
         if not rows:
             return curve
-        sheet = contact_sheet([clips for _, clips in rows], [name for name, _ in rows], self.samples)
+        sheet = contact_sheet([clips for _, clips in rows], [name for name, _ in rows], self.samples[:SHOWN])
         height = round(sheet.shape[0] * curve.shape[1] / sheet.shape[1])
         sheet = np.asarray(Image.fromarray(sheet).resize((curve.shape[1], height), Image.Resampling.LANCZOS))
         return np.concatenate([curve, sheet])
