@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Collection
+from contextlib import suppress
 from pathlib import Path
 
 import folder_paths
@@ -50,18 +51,30 @@ def reward_folder(name: str) -> Path | None:
 
 def list_loras() -> list[str]:
     """LoRA files: the built-in one, those every LoRA loader lists, and those elsewhere in the output folder."""
-    output = Path(folder_paths.get_output_directory())
-    known = {Path(folder).resolve() for folder in folder_paths.get_folder_paths("loras")}  # output/loras is one
-    depths = ("*.safetensors", "*/*.safetensors", "*/*/*.safetensors")
-    made = [path for pattern in depths for path in output.glob(pattern) if not known & set(path.resolve().parents)]
-    made = [path for path in made if not path.name.startswith(("checkpoint-", "."))]
-    made.sort(key=lambda path: -path.stat().st_mtime)
-    return [
-        CONNECTED,
-        BUILTIN_LORA,
-        *folder_paths.get_filename_list("loras"),
-        *(OUTPUT + path.relative_to(output).as_posix() for path in made),
-    ]
+    output = folder_paths.get_output_directory()
+    known = {os.path.realpath(folder) for folder in folder_paths.get_folder_paths("loras")}  # output/loras is one
+    made = [OUTPUT + Path(path).relative_to(output).as_posix() for path in _newest_loras(output, known)]
+    return [CONNECTED, BUILTIN_LORA, *folder_paths.get_filename_list("loras"), *made]
+
+
+def _newest_loras(output: str, known: Collection[str], depth: int = 2) -> list[str]:
+    """Safetensors files down to a depth, newest first, without checkpoints and without known folders."""
+    found = []
+    folders = [(output, depth)]
+    while folders:
+        folder, below = folders.pop()
+        try:
+            entries = list(os.scandir(folder))
+        except OSError:  # it went away, or is not ours to read
+            continue
+        for entry in entries:
+            if entry.is_dir():
+                if below and os.path.realpath(entry.path) not in known:
+                    folders.append((entry.path, below - 1))
+            elif entry.name.endswith(".safetensors") and not entry.name.startswith(("checkpoint-", ".")):
+                with suppress(OSError):  # a link to nothing
+                    found.append((-entry.stat().st_mtime, entry.path))
+    return [path for _, path in sorted(found)]
 
 
 def lora_path(entry: str) -> Path:
@@ -101,7 +114,7 @@ def check_prefix(prefix: str) -> Path:
 def _inside_output(relative: str) -> Path:
     output = os.path.abspath(folder_paths.get_output_directory())
     path = os.path.abspath(os.path.join(output, relative))
-    if not path.startswith(output + os.sep):
+    if not path.startswith(os.path.join(output, "")):
         raise ValueError(f"{relative!r} leads out of the output folder; use a name such as loras/colour")
     return Path(path)
 
