@@ -177,6 +177,9 @@ def test_equal_content_gives_equal_bytes(tmp_path):
     tensors = {f"t{i}": torch.arange(float(i + 1)) for i in range(5)}
     written = {write_safetensors(tmp_path / str(i), tensors, metadata).read_bytes() for i in range(4)}
     assert len(written) == 1
+    (tmp_path / "plain").touch()
+    assert (tmp_path / "0").stat().st_mode == (tmp_path / "plain").stat().st_mode
+    assert not list(tmp_path.glob(".*"))
 
 
 def test_select_modules(wan):
