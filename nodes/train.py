@@ -26,7 +26,7 @@ class TrainRewardLora(io.ComfyNode):
             category="Reward LoRA/training",
             description="Trains a LoRA so that the reward of the model's videos rises: videos are sampled from the "
             "prompts, judged, and the reward's gradient flows back through the sampler. Cancelling keeps what was "
-            "learned; run the same settings again to go on. More steps continue a finished run.",
+            "learned; run the same settings again to go on.",
             inputs=[
                 VideoModelType.Input("video_model", tooltip="LoRAs applied to it stay applied while training."),
                 RewardType.Input("reward", tooltip="What shall rise. It must be differentiable."),

@@ -96,7 +96,9 @@ class TrainingRun:
         summary = self._summary(made, seconds, skipped)
         progress.show(config.steps, picture, summary)  # the last live preview stays on the node
         kept = [trainer.lora_path, self.folder / "reward.png", self.folder / "log.jsonl"]
-        kept += sorted((self.folder / "samples").glob("*.mp4"))
+        for index in range(min(SHOWN, len(self.samples))):
+            videos = sorted((self.folder / "samples").glob(f"{index:02d}-step-*.mp4"))
+            kept += videos[:1] + videos[1:][-1:]  # before any step, and the newest
         return io.NodeOutput(
             lora,
             picture_to_image(curve),

@@ -64,7 +64,8 @@ def inputs() -> list[io.Input]:
             made.append(io.Combo.Input(widget_id(setting), options=list(limits), **about))
             continue
         kind = io.Float if isinstance(default, float) else io.Int
-        extra = {"control_after_generate": True} if setting == "seed" else {}
+        # A seed that changed after every run would keep a cancelled run from going on.
+        extra = {"control_after_generate": False} if setting == "seed" else {}
         low, high, step = limits
         made.append(kind.Input(widget_id(setting), min=low, max=high, step=step, **about, **extra))
     return made

@@ -127,7 +127,8 @@ def test_strength_zero_is_the_model_itself(comfyui):
 
 def test_cancel_keeps_a_checkpoint_and_running_again_goes_on(comfyui):
     before = frames(comfyui, graphs.generate())
-    endless = graphs.train(steps=10_000, sample_every=0, save_every=10_000, prefix="tests/cancel")
+    settings = {"prefix": "tests/cancel", "sample_every": 0, "save_every": 10_000, "lr_schedule": "constant"}
+    endless = graphs.train(steps=10_000, **settings)
     status, answer = comfyui.queue(endless)
     assert status == 200, answer
     deadline = time.monotonic() + 60
@@ -143,7 +144,7 @@ def test_cancel_keeps_a_checkpoint_and_running_again_goes_on(comfyui):
     assert (folder / f"{folder.name}.safetensors").is_file()
     assert np.array_equal(before, frames(comfyui, graphs.generate(negative="later", guidance_scale=1.0)))
 
-    outcome = comfyui.run(graphs.train(steps=reached + 2, sample_every=0, save_every=10_000, prefix="tests/cancel"))
+    outcome = comfyui.run(graphs.train(steps=reached + 2, **settings))
     assert outcome.status == "success", outcome.message
     assert list(comfyui.output.glob("tests/cancel_*")) == [folder], "another folder: it did not resume"
     steps = [json.loads(line)["step"] for line in (folder / "log.jsonl").read_text().splitlines()]
