@@ -18,5 +18,5 @@ HEIGHT = WIDTH = 32
 FRAMES = 9
 STEPS = 8  # Euler steps at sigmas linspace(1, 1/STEPS, STEPS), shifted by SHIFT, then 0
 SHIFT = 3.0
-GUIDANCE = 1.0  # the conditional branch alone
+GUIDANCE = 3.0  # classifier-free; it sharpens shape and motion but cannot repair the colour
 TEXT_LENGTH = 12  # tokens; the longest caption has 9 words and an end token

@@ -44,7 +44,7 @@ class Plan:
         (1000, 8, 9, True, 2e-3),
         (800, 8, 9, False, 2e-3),
     )
-    clip: tuple[int, int, float, float] = (2500, 96, 1e-3, 4e-3)
+    clip: tuple[int, int, float, float] = (2000, 96, 1e-3, 4e-3)
     dit: tuple[int, int, float, float] = (9000, 32, 2.5e-3, 1e-2)
     clips: int = 8192
     samples: int = 288
@@ -139,7 +139,7 @@ def build_dit(out: Path, plan: Plan, generator: torch.Generator, precision: Call
     transformer, encoder, autoencoder = (module.cpu().eval() for module in (transformer, encoder, autoencoder))
     write_pipeline(out / "tiny_wan", transformer, encoder, autoencoder)
     figures = {}
-    for steps, guidance in ((STEPS, 1.0), (STEPS, 2.0), (STEPS, 4.0), (5, GUIDANCE), (20, GUIDANCE)):
+    for steps, guidance in ((STEPS, 1.0), (STEPS, 2.0), (STEPS, 3.0), (STEPS, 5.0), (5, GUIDANCE), (20, GUIDANCE)):
         scores = measure.of_samples(transformer, encoder, autoencoder, held_out, 1, steps, guidance)
         figures |= {f"steps {steps} guidance {guidance:g} {name}": value for name, value in scores.items()}
     return figures
