@@ -27,7 +27,7 @@ def node(kind: str, **inputs) -> dict:
 def generate(**changes) -> dict:
     """Nodes 1 (model), 3 (video), 4 (preview)."""
     inputs = {"video_model": ["1", 0], "prompt": PROMPT, "negative": "", "seed": 5, "width": 0, "height": 0}
-    inputs |= {"frames": 0, "steps": 0, "guidance_scale": 0.0}
+    inputs |= {"frames": 0, "steps": 0, "guidance_scale": 1.0}
     return {
         "1": node("LoadVideoModel", name="builtin", dtype="auto", path=""),
         "3": node("GenerateVideo", **inputs | changes),
