@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-import random
 import subprocess
 import sys
-import time
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
@@ -211,50 +209,61 @@ def read_bytes(path: Path) -> bytes:
 
 
 RUN = """
-import sys
+import os, random, signal, sys, time
 import torch
 torch.set_num_threads(1)
 from reward_lora.selfcheck.exactness import ToyReward, tiny_wan
 from reward_lora.training.config import TrainConfig
 from reward_lora.training.schedule import BackpropSchedule
 from reward_lora.training.trainer import Trainer
-model = tiny_wan(dtype=torch.float32)
-model.encode_text = lambda prompts: [torch.full((2, 8), len(p) / 10) for p in prompts]
-config = TrainConfig(steps=60, batch_size=2, rank=2, learning_rate=1e-2, backprop=BackpropSchedule("random", 2),
-                     save_every=7, sample_every=20, sample_count=2)
-print("ready", flush=True)
-for event in Trainer(model, ToyReward(), ["a", "bb", "ccc"], config, sys.argv[1]):
-    print(event.step, flush=True)
+
+def train(folder):
+    model = tiny_wan(dtype=torch.float32)
+    model.encode_text = lambda prompts: [torch.full((2, 8), len(p) / 10) for p in prompts]
+    config = TrainConfig(steps=40, batch_size=2, rank=2, learning_rate=1e-2, backprop=BackpropSchedule("random", 2),
+                         save_every=3, sample_every=20, sample_count=2)
+    for event in Trainer(model, ToyReward(), ["a", "bb", "ccc"], config, folder):
+        pass
+
+def start(folder):
+    child = os.fork()
+    if child == 0:
+        try:
+            train(folder)
+        except BaseException as error:
+            print(repr(error), flush=True)
+            os._exit(1)
+        os._exit(0)
+    return child
+
+whole, killed = sys.argv[1:]
+began = time.monotonic()
+assert os.waitpid(start(whole), 0)[1] == 0
+length = time.monotonic() - began
+chance, kills = random.Random(0), 0
+while kills < 10:
+    child = start(killed)
+    time.sleep(chance.uniform(0, length / 4))
+    ended, _ = os.waitpid(child, os.WNOHANG)
+    if not ended:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        kills += 1
+    print("killed" if not ended else "ended", flush=True)
+assert os.waitpid(start(killed), 0)[1] == 0
 print("done", flush=True)
 """
 
 
-def start(folder: Path) -> subprocess.Popen:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(
-        [sys.executable, "-c", RUN, str(folder)], stdout=subprocess.PIPE, text=True, env=environment
-    )
-
-
 @pytest.mark.slow
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="kills are tested where processes fork: not on this system")
 def test_killed_ten_times_the_lora_is_the_same_byte_for_byte(tmp_path):
-    folder = tmp_path / "killed" / "run"
-    undisturbed = start(tmp_path / "whole" / "run")
-    chance, kills = random.Random(0), 0
-    while True:
-        process = start(folder)
-        assert process.stdout.readline().strip() == "ready"
-        if kills < 10:
-            time.sleep(chance.uniform(0.0, 0.9))
-            if process.poll() is None:
-                process.kill()
-                kills += 1
-            process.communicate()
-            continue
-        out, _ = process.communicate(timeout=300)
-        assert process.returncode == 0
-        assert out.endswith("done\n")
-        break
-    assert undisturbed.wait(300) == 0
-    assert (folder / "run.safetensors").read_bytes() == (tmp_path / "whole" / "run" / "run.safetensors").read_bytes()
-    assert not list(folder.glob(".*partial"))  # what a kill left half-written is swept up by the next run
+    whole, killed = tmp_path / "whole" / "run", tmp_path / "killed" / "run"
+    command = [sys.executable, "-c", RUN, str(whole), str(killed)]
+    answer = subprocess.run(
+        command, capture_output=True, text=True, timeout=500, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
+    assert answer.returncode == 0, answer.stdout + answer.stderr
+    assert answer.stdout.count("killed") == 10
+    assert (killed / "run.safetensors").read_bytes() == (whole / "run.safetensors").read_bytes()
+    assert not list(killed.glob(".*partial"))  # what a kill left half-written is swept up by the next run

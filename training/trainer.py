@@ -28,6 +28,9 @@ from .seeds import draw_prompts, seed_for
 
 log = logging.getLogger(__name__)
 
+SHOWN = 6
+"""How many clips of an evaluation are written as videos; all of them are scored."""
+
 
 class TrainingStopped(RuntimeError):
     """The run ended itself; the message says why. What was learned so far is saved."""
@@ -268,7 +271,7 @@ class Trainer:
             scores += self.reward.score(frames, prompts).tolist()
             clips.append(frames.cpu())
         frames = torch.cat(clips)
-        for index, clip in enumerate(frames):
+        for index, clip in enumerate(frames[:SHOWN]):
             write_video(self.folder / "samples" / f"{index:02d}-step-{step:06d}.mp4", clip, self.model.spec.fps)
         return Evaluation(sum(scores) / len(scores), tuple(scores), tuple(self.sample_prompts), frames)
 
