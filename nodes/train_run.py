@@ -23,7 +23,7 @@ from ..training.config import TrainConfig
 from ..training.media import contact_sheet, write_png
 from ..training.sample import sample_prompt
 from ..training.seeds import seed_for
-from ..training.trainer import Evaluation, StepEvent, Trainer
+from ..training.trainer import SHOWN, Evaluation, StepEvent, Trainer
 from . import folders
 from .bridge import Progress, make_room, on_device, picture_to_image, to_images
 from .lora import load_lora
@@ -31,9 +31,6 @@ from .types import LoadedModel, LoadedReward
 
 REDRAW = 5.0
 """Seconds between drawings of the live preview."""
-
-SHOWN = 6
-"""How many samples are shown and given, at most; the evaluation may use more."""
 
 
 class TrainingRun:

@@ -29,7 +29,7 @@ from .seeds import draw_prompts, seed_for
 log = logging.getLogger(__name__)
 
 SHOWN = 6
-"""How many clips of an evaluation are written as videos; all of them are scored."""
+"""How many clips of an evaluation are written as videos and shown; all of them are scored."""
 
 
 class TrainingStopped(RuntimeError):
