@@ -3,9 +3,9 @@
     python -m reward_lora.assets.build --out DIR --seed 0
 
 Writes `DIR/tiny_wan` (a diffusers `WanPipeline` folder), `DIR/tiny_clip` (a transformers
-`CLIPModel` folder), the two prompt lists and `figures.json`. The stages are vae, clip, dit, in
-that order; a stage that `figures.json` has figures of is skipped, so an interrupted build goes
-on where it stopped. Each stage has its own random stream.
+`CLIPModel` folder), the two prompt lists and `figures.json`. The stages are vae, blend, clip,
+dit, in that order; a stage that `figures.json` has figures of is skipped, so an interrupted
+build goes on where it stopped. Each stage has its own random stream.
 """
 
 import argparse
@@ -23,15 +23,16 @@ from . import FRAMES, GUIDANCE, HEIGHT, SHIFT, STEPS, TEXT_LENGTH, WIDTH, clip, 
 
 logger = logging.getLogger(__name__)
 
-STAGES = ("vae", "clip", "dit")
+STAGES = ("vae", "blend", "clip", "dit")
 
 
 @dataclass(frozen=True)
 class Plan:
-    """How long to train. The defaults take about 75 minutes on one core of a server CPU.
+    """How long to train. The defaults take about 80 minutes on one core of a server CPU.
 
     Attributes:
         vae: stages of `vae.fit`.
+        blend: steps, clips per step, learning rate of `vae.linearise`.
         clip: optimiser steps, pictures per step, learning rates of AdamW and Muon.
         dit: optimiser steps, clips per step, learning rates of AdamW and Muon.
         clips: clips encoded for the transformer.
@@ -44,7 +45,8 @@ class Plan:
         (1000, 8, 9, True, 2e-3),
         (800, 8, 9, False, 2e-3),
     )
-    clip: tuple[int, int, float, float] = (2000, 96, 1e-3, 4e-3)
+    blend: tuple[int, int, float] = (450, 8, 1e-3)
+    clip: tuple[int, int, float, float] = (1500, 96, 1e-3, 4e-3)
     dit: tuple[int, int, float, float] = (9000, 32, 2.5e-3, 1e-2)
     clips: int = 8192
     samples: int = 288
@@ -54,6 +56,7 @@ class Plan:
         few = lambda count: max(2, round(count * share))  # noqa: E731
         return Plan(
             vae=tuple((few(stage[0]), *stage[1:]) for stage in self.vae),
+            blend=(few(self.blend[0]), *self.blend[1:]),
             clip=(few(self.clip[0]), *self.clip[1:]),
             dit=(few(self.dit[0]), *self.dit[1:]),
             clips=max(64, few(self.clips)),
@@ -63,7 +66,7 @@ class Plan:
 
 def _stream(seed: int, stage: str, device: torch.device) -> torch.Generator:
     """The random stream of one stage; also seeds the global one, from which libraries initialise."""
-    number = 1000 * seed + STAGES.index(stage)
+    number = 1000 * seed + {"vae": 0, "clip": 1, "dit": 2, "blend": 3}[stage]
     torch.manual_seed(number)
     return torch.Generator(device).manual_seed(number)
 
@@ -81,6 +84,14 @@ def build_vae(out: Path, plan: Plan, generator: torch.Generator, precision: Call
     vae.fit(model, generator, plan.vae, precision)
     latents, _ = vae.dataset(model, min(512, plan.clips), generator, precision)
     vae.write_statistics(model, latents)
+    model.cpu().save_pretrained(out / "tiny_wan" / "vae")
+    return measure.of_vae(model, plan.samples, torch.Generator().manual_seed(1))
+
+
+def build_blend(out: Path, plan: Plan, generator: torch.Generator, precision: Callable) -> dict[str, float]:
+    """Teach the decoder blended colours and write `tiny_wan/vae` again."""
+    model = _load_vae(out, generator.device)
+    vae.linearise(model, generator, *plan.blend, precision)
     model.cpu().save_pretrained(out / "tiny_wan" / "vae")
     return measure.of_vae(model, plan.samples, torch.Generator().manual_seed(1))
 
@@ -154,7 +165,7 @@ def build(out: Path, seed: int, device: str, stages: tuple[str, ...], plan: Plan
     precision = partial(torch.autocast, where.type, torch.bfloat16)
     path = out / "figures.json"
     figures = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    for stage, run in zip(STAGES, (build_vae, build_clip, build_dit), strict=True):
+    for stage, run in zip(STAGES, (build_vae, build_blend, build_clip, build_dit), strict=True):
         if stage not in stages or stage in figures:
             continue
         began = time.monotonic()

@@ -13,9 +13,9 @@ from torch import Tensor
 
 from . import world
 
-WEIGHTS = {"colour": 0.45, "shape": 0.25, "background": 0.15, "object": 0.15}  # sum 1
+WEIGHTS = {"colour": 0.55, "shape": 0.20, "background": 0.10, "object": 0.15}  # sum 1
 WRECK = -0.10  # similarity of a frame without an intact object, whatever the caption
-CLOSE, FAR = 0.05, 0.73  # RGB distances where a colour counts as right, as wrong; linear between
+CLOSE, FAR = 0.05, 1.35  # RGB distances that score 1 and 0, linear between: no two colours are without a slope
 
 
 @dataclass(frozen=True)

@@ -149,6 +149,54 @@ def fit(
     model.requires_grad_(False)
 
 
+def linearise(
+    model: nn.Module, generator: torch.Generator, steps: int, batch: int, rate: float, precision: Callable
+) -> None:
+    """Teach the decoder, and it alone, that halfway between two colours' latents lies the blended colour.
+
+    A decoder that saw only palette colours snaps to the nearest one. A judge of decoded frames
+    then has no gradient from one colour to another, and a reward could not repair a colour.
+    """
+    model.encoder.requires_grad_(False)
+    model.quant_conv.requires_grad_(False)
+    learned = [*model.decoder.parameters(), *model.post_quant_conv.parameters()]
+    for parameter in learned:
+        parameter.requires_grad_(True)
+    optimizer = torch.optim.AdamW(learned, lr=rate, betas=(0.9, 0.98), weight_decay=1e-3)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda s: min(1.0, (s + 1) / 30, (steps - s) / steps * 2))
+    for step in range(steps):
+        captions = world.draw_captions(batch, generator)
+        draw = torch.randint(2, (batch,), generator=generator, device=generator.device).tolist()
+        others = []
+        for caption, pick in zip(captions, draw, strict=True):
+            seen = world.parse(caption)
+            free = [name for name in world.COLOURS if name not in (seen.colour, seen.background)]
+            others.append(world.Attributes(free[pick], seen.shape, seen.direction, seen.background).caption)
+        state = generator.get_state()
+        first, mask = world.render_with_mask(captions, generator)
+        generator.set_state(state)  # the same geometry once more
+        second = world.render(others, generator)
+        share = torch.rand(batch, 1, 1, 1, 1, generator=generator, device=generator.device)
+        share[: batch // 4] = 0.0
+        with torch.no_grad(), precision():
+            ends = encode(model, torch.cat([first, second])).float().chunk(2)
+        noise = torch.randn(ends[0].shape, generator=generator, device=generator.device)
+        latents = torch.lerp(*ends, share) + 0.05 * noise
+        with precision():
+            output = decode(model, latents)
+        target = torch.lerp(first, second, share)
+        loss = reconstruction_loss(output, target, mask)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        nn.utils.clip_grad_norm_(learned, 1.0)
+        optimizer.step()
+        schedule.step()
+        if step % 50 == 0 or step == steps - 1:
+            quality = psnr(output.detach(), target)
+            logger.info("vae blends step %d loss %.4f psnr %.2f", step, loss.item(), quality)
+    model.requires_grad_(False)
+
+
 @torch.no_grad()
 def write_statistics(model: nn.Module, latents: Tensor) -> None:
     """Store the measured mean and standard deviation of latents `[N, 8, t, h, w]` in the config."""
