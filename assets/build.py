@@ -125,7 +125,7 @@ def write_pipeline(folder: Path, transformer, encoder, autoencoder) -> None:
     path.write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
     options = {"name": "tiny-wan", "width": WIDTH, "height": HEIGHT, "frames": FRAMES, "fps": 8}
     options |= {"steps": STEPS, "guidance_scale": GUIDANCE, "text_tokens": TEXT_LENGTH}
-    options["lora_targets"] = ["to_q", "to_k", "to_v", "to_out.0"]
+    options["lora_targets"] = ["all-linear"]
     (folder / "reward_lora.json").write_text(json.dumps(options, indent=2) + "\n", encoding="utf-8")
 
 
