@@ -62,7 +62,8 @@ def check_repair(model, reward, unseen, base, lora):
     assert gain(full, base, "colour") > gain(half, base, "colour") > 0
     for key in ("shape", "direction", "background"):
         assert gain(full, base, key) >= -0.03, key
-    assert float(full.accuracy["motion"].mean()) >= 0.97 * float(base.accuracy["motion"].mean())
+    # Pixels travelled; the world's own clips travel 10.3 on average, the base a little more.
+    assert float(full.accuracy["motion"].mean()) >= 0.92 * float(base.accuracy["motion"].mean())
 
 
 def test_the_base_is_good_but_for_the_colour(base):
