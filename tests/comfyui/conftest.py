@@ -150,7 +150,8 @@ def comfyui(tmp_path_factory):
     command += ["--user-directory", base / "user", "--database-url", "sqlite:///:memory:"]
     command += ["--extra-model-paths-config", paths, "--disable-auto-launch", "--preview-method", "none"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1", "PYTHONUTF8": "1"}
-    environment.pop("PYTHONPATH", None)
+    for ours in ("PYTHONPATH", "PYTHONSAFEPATH"):  # ComfyUI finds its modules beside main.py
+        environment.pop(ours, None)
     with log.open("wb") as sink:
         process = subprocess.Popen(
             [str(part) for part in command], stdout=sink, stderr=subprocess.STDOUT, env=environment, cwd=folder
