@@ -16,6 +16,7 @@ from ..training.schedule import BackpropSchedule, Plan
 from ..video_models import wan_keys
 from ..video_models.protocol import ModelSpec
 from ..video_models.wan import WanModel
+from .exactness import relative_error
 from .report import Line
 
 if TYPE_CHECKING:
@@ -55,10 +56,6 @@ def _largest(ours: Tensor, reference: Tensor) -> float:
     if ours.shape != reference.shape:
         return float("inf")
     return float((ours - reference).abs().max() / reference.abs().max().clamp(min=1))
-
-
-def _relative(ours: Tensor, reference: Tensor) -> float:
-    return float(torch.linalg.vector_norm(ours - reference) / torch.linalg.vector_norm(reference))
 
 
 def _with_lora(model: WanModel, fixture: Fixture, strength: float) -> Adapter:
@@ -135,7 +132,7 @@ def check_vae(fixture: Fixture) -> Iterator[Line]:
         first = model.decode(latents) * 2 - 1
         first.square().mean().backward()
     yield Line("decode first", "", _largest(first.detach(), io["decoded_first"]), tolerance)
-    error = _relative(latents.grad, io["grad_first"])
+    error = relative_error({"": latents.grad}, {"": io["grad_first"]})
     yield Line("gradient", "", error, gradient_tolerance)
 
 
@@ -225,9 +222,10 @@ def _compare_gradients(
     names, parameters = ModuleNames(model.lora_names("transformer")), adapter.parameters()
     overall_tolerance = _tolerance(fixture, "grad_global_rel", 1e-3)
     single_tolerance = _tolerance(fixture, "grad_param_rel", 2e-3)
-    difference = size = worst = 0.0
-    where, compared = "", set()
-    for key, expected in reference.items():
+    ours: dict[str, Tensor] = {}
+    expected: dict[str, Tensor] = {}
+    worst, where = 0.0, ""
+    for key, gradient in reference.items():
         key = key.removeprefix("grad.")
         split = split_key(key)
         if split is None:  # the step's other gradients, of frames and latents
@@ -235,16 +233,18 @@ def _compare_gradients(
         module = names.find(split[0])
         if module is None:
             raise ValueError(f"no module for the gradient {key}")
-        compared.add(f"{module}.{split[1]}")
-        ours = parameters[f"{module}.{split[1]}"].grad
-        ours = torch.zeros_like(expected) if ours is None else ours
-        difference += float((ours - expected).double().square().sum())
-        size += float(expected.double().square().sum())
-        if key not in noise_only and not (error := _relative(ours, expected)) <= worst:
+        name = f"{module}.{split[1]}"
+        found = parameters[name].grad
+        expected[name] = gradient
+        ours[name] = torch.zeros_like(gradient) if found is None else found
+        if key in noise_only or torch.equal(ours[name], gradient):
+            continue
+        error = relative_error({name: ours[name]}, {name: gradient})
+        if not error <= worst:
             worst, where = error, key
-    if parameters.keys() - compared:
-        raise ValueError(f"the fixture has no gradient for {min(parameters.keys() - compared)}")
-    overall = (difference / size) ** 0.5
+    if parameters.keys() - expected.keys():
+        raise ValueError(f"the fixture has no gradient for {min(parameters.keys() - expected.keys())}")
+    overall = relative_error(ours, expected)
     if worst / single_tolerance > overall / overall_tolerance:
         return Line(f"{label}, {where}", "", worst, single_tolerance)
     return Line(label, "", overall, overall_tolerance)

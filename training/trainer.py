@@ -204,8 +204,8 @@ class Trainer:
     def _step(self, progress: Progress, parameters: dict, optimizer: torch.optim.Optimizer) -> StepEvent:
         """One optimiser step; the adapter's parameters change at its very end or not at all."""
         c, started = self.config, time.monotonic()
-        if torch.cuda.is_available():
-            torch.cuda.reset_peak_memory_stats(self.model.device if self.model.device.type == "cuda" else None)
+        if self.model.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.model.device)
         plan = c.backprop.draw(self.model.sigmas(c.sampler_steps), seed_for("plan", c.seed, progress.step))
         rewards, losses, trouble = [], [], ""
         optimizer.zero_grad(set_to_none=True)

@@ -129,7 +129,7 @@ class VideoModel(Protocol):
         """
         ...
 
-    def initial_latents(self, latent_shapes: Sequence[int], seeds: Sequence[int]) -> Tensor:
+    def initial_latents(self, latent_shape: Sequence[int], seeds: Sequence[int]) -> Tensor:
         """Noise ``[B, C, t, h, w]``, one seed a sample, drawn on the CPU so that every device agrees."""
         ...
 
