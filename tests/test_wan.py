@@ -8,9 +8,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 from reward_lora.video_models import WeightFileError, load_video_model, wan_encoder_keys, wan_keys
+from reward_lora.video_models.loading import build_t5, diffusers, materialise
 from reward_lora.video_models.protocol import VideoModel
 from reward_lora.video_models.wan import WanModel, clean_prompt
-from reward_lora.video_models.wan_files import _build, _build_transformer, _build_umt5, _build_vae, _spec
+from reward_lora.video_models.wan_files import _build_transformer, _spec
 from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 
@@ -31,8 +32,12 @@ def build_wan(transformer, config, vae, dtype=torch.float32):
     """A model of the publisher's tensors."""
     source = Path("fixture")
     arguments = wan_keys.transformer_config(transformer, config)
-    network = _build(_build_transformer, arguments, wan_keys.convert_transformer(transformer), source, dtype, "cpu")
-    decoder = _build(_build_vae, wan_keys.vae_config(vae), wan_keys.convert_vae(vae), source, dtype, "cpu")
+    network = materialise(
+        _build_transformer, arguments, wan_keys.convert_transformer(transformer), source, dtype, "cpu"
+    )
+    decoder = materialise(
+        diffusers("AutoencoderKLWan"), wan_keys.vae_config(vae), wan_keys.convert_vae(vae), source, dtype, "cpu"
+    )
     return WanModel(_spec("fixture", network, decoder), network, decoder)
 
 
@@ -121,7 +126,7 @@ def publisher_umt5(dim=24, heads=2, ffn=40, layers=2, vocabulary=13, buckets=32)
 def test_umt5_computes_what_the_publisher_describes():
     tensors = publisher_umt5()
     arguments = wan_encoder_keys.umt5_config(tensors)
-    encoder = _build(_build_umt5, arguments, wan_encoder_keys.convert_umt5(tensors), Path("x"), torch.float32, "cpu")
+    encoder = materialise(build_t5, arguments, wan_encoder_keys.convert_umt5(tensors), Path("x"), torch.float32, "cpu")
     length, heads = 6, 2
     ids = torch.arange(length)[None] + 1
 

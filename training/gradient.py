@@ -17,6 +17,7 @@ from torch import Tensor
 from ..reward_models.protocol import Reward
 from ..video_models.protocol import Conditioning, Tick, VideoModel
 from .schedule import Plan
+from .seeds import seed_for
 
 
 def silent(phase: str) -> None: ...
@@ -33,6 +34,7 @@ class Walk:
         batched_guidance: Both branches in one call of the rollout, or one after the other. The replay always
             takes them one after the other: the gradient is linear in them, and one needs half the memory.
         tick: Called before every call of a large model.
+        seeds: One a sample, for solvers that add noise at every step.
     """
 
     model: VideoModel
@@ -40,6 +42,7 @@ class Walk:
     guidance_scale: float
     batched_guidance: bool = True
     tick: Tick = silent
+    seeds: Sequence[int] = ()
 
     def branches(self) -> list[tuple[float, Mapping[str, Tensor]]]:
         """Guidance branches with their weights in ``u + s * (c - u)``; one alone at scale 1."""
@@ -56,6 +59,15 @@ class Walk:
         joined = {key: torch.cat([branch[key] for _, branch in branches]) for key in branches[0][1]}
         parts = self.model.predict(torch.cat([x] * len(branches)), sigma, joined).chunk(len(branches))
         return sum(weight * part for (weight, _), part in zip(branches, parts, strict=True))
+
+    def step(self, x: Tensor, prediction: Tensor, plan: Plan, index: int) -> Tensor:
+        """One solver step, with its noise where the solver adds any."""
+        sigma, sigma_next = plan.sigmas[index], plan.sigmas[index + 1]
+        if not self.model.spec.step_noise:
+            return self.model.step(x, prediction, sigma, sigma_next)
+        generators = [torch.Generator().manual_seed(seed_for("step", seed, index)) for seed in self.seeds]
+        noise = torch.stack([torch.randn(x.shape[1:], generator=generator) for generator in generators])
+        return self.model.step(x, prediction, sigma, sigma_next, noise.to(x))
 
 
 @torch.no_grad()
@@ -75,8 +87,7 @@ def rollout(walk: Walk, x: Tensor, plan: Plan) -> tuple[Tensor, dict[int, Tensor
         walk.tick("rollout")
         if i in plan.trained:
             kept[i] = x
-        sigma, sigma_next = plan.sigmas[i], plan.sigmas[i + 1]
-        x = walk.model.step(x, walk.predict(x, sigma), sigma, sigma_next)
+        x = walk.step(x, walk.predict(x, plan.sigmas[i]), plan, i)
     return x, kept
 
 
@@ -168,7 +179,7 @@ def judge(
 
 
 def _solver_vjp(model: VideoModel, like: Tensor, sigma: Tensor, sigma_next: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
-    """Gradients of one solver step to its sample and to its prediction. The step is linear: zeros will do."""
+    """Gradients of one solver step to its sample and to its prediction. It is linear but for its noise: zeros do."""
     x, prediction = (torch.zeros_like(like, requires_grad=True) for _ in range(2))
     with torch.enable_grad():
         return torch.autograd.grad(model.step(x, prediction, sigma, sigma_next), (x, prediction), g)

@@ -25,7 +25,7 @@ def sample(
     tick: Tick = silent,
 ) -> Tensor:
     """Videos ``[B, 3, T, H, W]`` in 0..1, one a seed; a video depends on its own seed and prompt alone."""
-    walk = Walk(model, conditioning, guidance_scale, batched_guidance, tick)
+    walk = Walk(model, conditioning, guidance_scale, batched_guidance, tick, seeds)
     noise = model.initial_latents(latent_shape, seeds)
     latents, _ = rollout(walk, noise, Plan(model.sigmas(steps), ()))
     tick("decode")

@@ -215,8 +215,10 @@ class Trainer:
                 self.prompts[i]
                 for i in draw_prompts(len(self.prompts), seed_for(c.seed, self._rank), draw, c.batch_size)
             ]
-            walk = Walk(self.model, self._conditioning(prompts), c.guidance_scale, c.batched_guidance, self._tick)
             seeds = [seed_for("noise", c.seed, draw, self._rank, b) for b in range(c.batch_size)]
+            walk = Walk(
+                self.model, self._conditioning(prompts), c.guidance_scale, c.batched_guidance, self._tick, seeds
+            )
             latents, kept = rollout(walk, self.model.initial_latents(self._latent_shape, seeds), plan)
             verdict = judge(walk, latents, self.reward, prompts, c.objective,
                             judged_latents=c.judged_latents, judged_frames=c.judged_frames)  # fmt: skip

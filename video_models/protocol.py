@@ -28,6 +28,10 @@ class ModelSpec:
         lora_targets: Names of modules to train; a name matches itself and any module that ends in
             ``.<name>``. ``("all-linear",)`` stands for every linear layer, as the publishers train.
         width, height, frames, steps, guidance_scale, fps: What the model does well without being asked.
+        experts: Names of the networks in ``denoisers``, the noisiest first.
+        solver: In words, for tables.
+        step_noise: Whether the solver adds fresh noise at every step (DDIM with eta above 0).
+        recipe: File in ``recipes/`` to start from, or empty.
     """
 
     family: str
@@ -44,12 +48,28 @@ class ModelSpec:
     steps: int
     guidance_scale: float
     fps: int
+    experts: tuple[str, ...] = ("transformer",)
+    solver: str = "flow-matching Euler"
+    step_noise: bool = False
+    recipe: str = ""
+
+    frame_rule = "{stride}n+1"
+    """Which frame counts there are, for messages; a family with another rule overrides it and the two methods."""
+
+    def nearest_frames(self, frames: int) -> int:
+        """The nearest frame count the model can paint."""
+        stride = self.temporal_stride
+        return max(1, round((frames - 1) / stride) * stride + 1)
+
+    def latent_frames(self, frames: int) -> int:
+        """Latent frames of a valid frame count."""
+        return (frames - 1) // self.temporal_stride + 1
 
     def check_size(self, width: int, height: int, frames: int) -> None:
         """Raise ``ValueError`` naming the nearest valid size if the model cannot paint this one."""
-        multiple, stride = self.size_multiple, self.temporal_stride
+        multiple = self.size_multiple
         near_width, near_height = (max(multiple, round(v / multiple) * multiple) for v in (width, height))
-        near_frames = max(1, round((frames - 1) / stride) * stride + 1)
+        near_frames = self.nearest_frames(frames)
         if (width, height) != (near_width, near_height):
             raise ValueError(
                 f"width and height must be multiples of {multiple} for {self.name}, "
@@ -57,7 +77,8 @@ class ModelSpec:
             )
         if frames != near_frames:
             raise ValueError(
-                f"the number of frames must be {stride}n+1 for {self.name}, got {frames}; the nearest is {near_frames}"
+                f"the number of frames must be {self.frame_rule.format(stride=self.temporal_stride)} for {self.name}, "
+                f"got {frames}; the nearest is {near_frames}"
             )
 
     def latent_shape(self, width: int, height: int, frames: int) -> tuple[int, int, int, int]:
@@ -65,7 +86,7 @@ class ModelSpec:
         self.check_size(width, height, frames)
         return (
             self.latent_channels,
-            (frames - 1) // self.temporal_stride + 1,
+            self.latent_frames(frames),
             height // self.spatial_stride,
             width // self.spatial_stride,
         )
@@ -134,15 +155,24 @@ class VideoModel(Protocol):
         ...
 
     def sigmas(self, steps: int) -> Tensor:
-        """The ``steps + 1`` noise levels of the solver, float64, decreasing, ending in 0."""
+        """The ``steps + 1`` noise levels of the solver, float64, decreasing, ending in 0 or the smallest it has.
+
+        Any monotone measure will do from which :meth:`predict` finds its timestep and :meth:`step` its factors;
+        for a DDIM model ``sqrt(1 - alpha_bar)``.
+        """
         ...
 
     def predict(self, x: Tensor, sigma: Tensor, branch: Mapping[str, Tensor]) -> Tensor:
         """The denoiser's float32 output for one guidance branch at a scalar ``sigma``."""
         ...
 
-    def step(self, x: Tensor, prediction: Tensor, sigma: Tensor, sigma_next: Tensor) -> Tensor:
-        """One solver step: pure, and linear in ``x`` and in ``prediction``. To ``sigma_next = 0`` it gives x0."""
+    def step(
+        self, x: Tensor, prediction: Tensor, sigma: Tensor, sigma_next: Tensor, noise: Tensor | None = None
+    ) -> Tensor:
+        """One solver step: pure, and linear in ``x`` and in ``prediction``. To ``sigma_next = 0`` it gives x0.
+
+        ``noise`` is standard normal and shaped like ``x``; it is given to models with ``spec.step_noise`` only.
+        """
         ...
 
     def decode(self, latents: Tensor) -> Tensor:

@@ -247,7 +247,9 @@ class WanModel:
             )[0]
         return output.to(x.dtype)
 
-    def step(self, x: Tensor, prediction: Tensor, sigma: Tensor, sigma_next: Tensor) -> Tensor:
+    def step(
+        self, x: Tensor, prediction: Tensor, sigma: Tensor, sigma_next: Tensor, noise: Tensor | None = None
+    ) -> Tensor:
         return euler_step(x, prediction, sigma, sigma_next)
 
     def decode(self, latents: Tensor) -> Tensor:

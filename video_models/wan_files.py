@@ -3,16 +3,25 @@
 from __future__ import annotations
 
 import dataclasses
-import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from . import wan_encoder_keys, wan_keys
-from .files import WeightFileError, find_weights, fingerprint, load_weights, parameter_count, read_json, read_weights
+from .files import WeightFileError, find_weights, fingerprint, read_json
+from .loading import (
+    Loader,
+    build_clip_vision,
+    build_t5,
+    component,
+    diffusers,
+    load_tokenizer,
+    read_options,
+    text_files,
+)
 from .protocol import ModelSpec
 from .wan import TEXT_TOKENS, WanModel
 
@@ -27,14 +36,9 @@ VAE_FILE = "Wan2.1_VAE"
 TEXT_FILE = "models_t5_umt5-xxl-enc-bf16"
 IMAGE_FILE = "models_clip_open-clip-xlm-roberta-large-vit-huge-14"
 TOKENIZERS = ("google/umt5-xxl", "umt5-xxl", "tokenizer")
-OPTIONS_FILE = "reward_lora.json"
-
-FLOAT32_BELOW = 200_000_000
-"""``auto`` gives a network with fewer parameters float32, a larger one bfloat16 as the publisher runs it."""
 
 # What diffusers keeps in float32 too: WanTransformer3DModel._keep_in_fp32_modules.
 FLOAT32_PARTS = ("time_embedder", "scale_shift_table", "norm1", "norm2", "norm3")
-SKIPPED = (r"\.position_ids$", r"^visual_projection\.")
 DEFAULT_SHIFT = 5.0
 
 
@@ -63,14 +67,14 @@ def load(
         WeightFileError: A file is missing, damaged, or of another model.
     """
     parts = _diffusers_parts(folder) if (folder / "model_index.json").is_file() else _original_parts(folder)
-    options = _read_options(folder)
+    options = read_options(folder, shift=(int, float), text_tokens=int)
     transformer = parts.transformer(dtype, device)
     vae = parts.vae(dtype or torch.float32, device)
     text_encoder = tokenizer = None
     text_fingerprint = ""
     if text:
         text_encoder = parts.text_encoder(dtype, device)
-        tokenizer = _load_tokenizer(parts.tokenizer)
+        tokenizer = load_tokenizer(parts.tokenizer)
     if parts.text_files:
         text_fingerprint = f"{fingerprint(parts.text_files)}:{dtype or 'auto'}"
     shift, text_tokens = options.pop("shift", parts.shift), options.pop("text_tokens", TEXT_TOKENS)
@@ -79,9 +83,6 @@ def load(
     return WanModel(
         spec, transformer, vae, text_encoder, tokenizer, image_encoder, shift, text_tokens, text_fingerprint
     )
-
-
-Loader = Callable[[torch.dtype | None, torch.device | str], nn.Module]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,117 +104,60 @@ def _diffusers_parts(folder: Path) -> _Parts:
         raise WeightFileError(f"{folder} is a Wan2.2 model with two experts; supported are models with one transformer")
     if index.get("expand_timesteps"):
         raise WeightFileError(f"{folder} is a Wan2.2 TI2V model; supported are Wan2.1 models")
-
-    def component(name: str, stem: str, build: Callable, **options: Any) -> Loader:
-        def loader(dtype: torch.dtype | None, device: torch.device | str) -> nn.Module:
-            path = find_weights(folder / name, stem)
-            if path is None:
-                raise WeightFileError(f"{folder / name} has no {stem}.safetensors; download the model again")
-            config = read_json(folder / name / "config.json")
-            return _build(build, config, read_weights(path), path, dtype, device, **options)
-
-        return loader
-
     scheduler = read_json(folder / "scheduler" / "scheduler_config.json")
-    shift = scheduler.get("flow_shift", scheduler.get("shift", DEFAULT_SHIFT))
-    image = (folder / "image_encoder").is_dir()
-    text = find_weights(folder / "text_encoder", "model")
+    diffusion = "diffusion_pytorch_model"
+    image = folder / "image_encoder"
     return _Parts(
-        transformer=component("transformer", "diffusion_pytorch_model", _build_transformer, keep=FLOAT32_PARTS),
-        vae=component("vae", "diffusion_pytorch_model", _build_vae),
-        text_encoder=component("text_encoder", "model", _build_umt5),
-        image_encoder=component("image_encoder", "model", _build_clip) if image else None,
+        transformer=component(folder / "transformer", diffusion, _build_transformer, keep_float32=FLOAT32_PARTS),
+        vae=component(folder / "vae", diffusion, diffusers("AutoencoderKLWan")),
+        text_encoder=component(folder / "text_encoder", "model", build_t5),
+        image_encoder=component(image, "model", build_clip_vision) if image.is_dir() else None,
         tokenizer=folder / "tokenizer",
-        text_files=() if text is None else _text_files(text, folder / "tokenizer"),
-        shift=float(shift),
+        text_files=text_files(find_weights(folder / "text_encoder", "model"), folder / "tokenizer"),
+        shift=float(scheduler.get("flow_shift", scheduler.get("shift", DEFAULT_SHIFT))),
     )
 
 
 def _original_parts(folder: Path) -> _Parts:
     config = read_json(folder / "config.json")
-
-    def component(stem: str, build: Callable, read_config: Callable, convert: Callable, **options: Any) -> Loader:
-        def loader(dtype: torch.dtype | None, device: torch.device | str) -> nn.Module:
-            path = find_weights(folder, stem)
-            if path is None:
-                raise WeightFileError(f"{folder} has no {stem}.pth or .safetensors; download the model again")
-            tensors = read_weights(path)
-            try:
-                arguments = read_config(tensors)
-            except ValueError as error:
-                raise WeightFileError(f"{path} cannot be used: {error}") from None
-            return _build(build, arguments, convert(tensors), path, dtype, device, **options)
-
-        return loader
-
     tokenizer = next((folder / name for name in TOKENIZERS if (folder / name).is_dir()), folder / TOKENIZERS[0])
-    text = find_weights(folder, TEXT_FILE)
-    image = find_weights(folder, IMAGE_FILE)
+    image = None
+    if find_weights(folder, IMAGE_FILE) is not None:
+        image = component(
+            folder,
+            IMAGE_FILE,
+            build_clip_vision,
+            read_config=wan_encoder_keys.clip_config,
+            convert=wan_encoder_keys.convert_clip,
+        )
     return _Parts(
         transformer=component(
+            folder,
             "diffusion_pytorch_model",
             _build_transformer,
-            lambda tensors: wan_keys.transformer_config(tensors, config),
-            wan_keys.convert_transformer,
-            keep=FLOAT32_PARTS,
+            read_config=lambda tensors: wan_keys.transformer_config(tensors, config),
+            convert=wan_keys.convert_transformer,
+            keep_float32=FLOAT32_PARTS,
         ),
-        vae=component(VAE_FILE, _build_vae, wan_keys.vae_config, wan_keys.convert_vae),
-        text_encoder=component(TEXT_FILE, _build_umt5, wan_encoder_keys.umt5_config, wan_encoder_keys.convert_umt5),
-        image_encoder=None
-        if image is None
-        else component(IMAGE_FILE, _build_clip, wan_encoder_keys.clip_config, wan_encoder_keys.convert_clip),
+        vae=component(
+            folder,
+            VAE_FILE,
+            diffusers("AutoencoderKLWan"),
+            read_config=wan_keys.vae_config,
+            convert=wan_keys.convert_vae,
+        ),
+        text_encoder=component(
+            folder,
+            TEXT_FILE,
+            build_t5,
+            read_config=wan_encoder_keys.umt5_config,
+            convert=wan_encoder_keys.convert_umt5,
+        ),
+        image_encoder=image,
         tokenizer=tokenizer,
-        text_files=() if text is None else _text_files(text, tokenizer),
+        text_files=text_files(find_weights(folder, TEXT_FILE), tokenizer),
         shift=DEFAULT_SHIFT,
     )
-
-
-def _build(
-    build: Callable[[Mapping[str, Any]], nn.Module],
-    config: Mapping[str, Any],
-    tensors: Mapping[str, Tensor],
-    path: Path,
-    dtype: torch.dtype | None,
-    device: torch.device | str,
-    keep: tuple[str, ...] = (),
-) -> nn.Module:
-    if dtype is None:
-        dtype = torch.float32 if parameter_count(tensors) < FLOAT32_BELOW else torch.bfloat16
-    try:
-        with torch.device("meta"):
-            module = build(config)
-    except (TypeError, ValueError, KeyError, RuntimeError, ZeroDivisionError) as error:
-        raise WeightFileError(f"the config for {path} cannot be used ({error}); download it again") from None
-    if dtype == torch.float16 and build is _build_umt5:
-        keep = ("wo",)  # its values overflow float16, as transformers notes
-    load_weights(module, _fit_names(tensors, module), path, dtype=dtype, device=device, keep_float32=keep)
-    if build is _build_umt5:
-        module.encoder.embed_tokens.weight = module.shared.weight  # one tensor, or moving would double it
-    return module.eval().requires_grad_(False)
-
-
-def _fit_names(tensors: Mapping[str, Tensor], module: nn.Module) -> dict[str, Tensor]:
-    """Follow transformers' releases: with or without ``vision_model.``, tied weights once or twice."""
-    expected = module.state_dict().keys()
-    fitted = dict(tensors)
-    prefix = "vision_model."
-    wanted = any(name.startswith(prefix) for name in expected)
-    if any(name.startswith(prefix) for name in fitted) and not wanted:
-        fitted = {name.removeprefix(prefix): tensor for name, tensor in fitted.items()}
-    elif wanted and not any(name.startswith(prefix) for name in fitted):
-        fitted = {prefix + name: tensor for name, tensor in fitted.items()}
-    tied, source = "encoder.embed_tokens.weight", "shared.weight"
-    if tied in expected and source in expected:
-        one = fitted.get(source, fitted.get(tied))
-        if one is not None:
-            fitted[tied] = fitted[source] = one
-    # What the library itself skips, position numbers (computed by every release), and CLIP's projection.
-    skipped = (*(getattr(module, "_keys_to_ignore_on_load_unexpected", None) or ()), *SKIPPED)
-    return {
-        name: tensor
-        for name, tensor in fitted.items()
-        if name in expected or not any(re.search(pattern, name) for pattern in skipped)
-    }
 
 
 def _build_transformer(config: Mapping[str, Any]) -> nn.Module:
@@ -224,67 +168,6 @@ def _build_transformer(config: Mapping[str, Any]) -> nn.Module:
     with torch.device("cpu"):  # its tables are computed, not loaded
         module.rope = type(module.rope)(used.attention_head_dim, used.patch_size, used.rope_max_seq_len)
     return module
-
-
-def _build_vae(config: Mapping[str, Any]) -> nn.Module:
-    from diffusers import AutoencoderKLWan
-
-    return AutoencoderKLWan.from_config(dict(config))
-
-
-def _build_umt5(config: Mapping[str, Any]) -> nn.Module:
-    from transformers import UMT5Config, UMT5EncoderModel
-
-    return UMT5EncoderModel(UMT5Config.from_dict(dict(config)))
-
-
-def _build_clip(config: Mapping[str, Any]) -> nn.Module:
-    from transformers import CLIPVisionConfig, CLIPVisionModel
-
-    module = CLIPVisionModel(CLIPVisionConfig.from_dict(dict(config)))
-    embeddings = getattr(module, "vision_model", module).embeddings
-    with torch.device("cpu"):
-        embeddings.position_ids = torch.arange(embeddings.position_embedding.num_embeddings)[None]
-    return module
-
-
-def _text_files(weights: Path, tokenizer: Path) -> tuple[Path, ...]:
-    shards = sorted(weights.parent.glob("*.safetensors")) if weights.name.endswith(".index.json") else []
-    vocabulary = [path for path in sorted(tokenizer.glob("*")) if path.suffix in (".json", ".model", ".txt")]
-    return (weights, *shards, *vocabulary)
-
-
-def _load_tokenizer(folder: Path) -> Any:
-    from transformers import AutoTokenizer
-
-    if not folder.is_dir():
-        raise WeightFileError(f"the tokenizer's folder {folder} is missing; download it with the model")
-    try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except Exception as error:  # transformers raises whatever its many parsers raise
-        raise WeightFileError(f"the tokenizer in {folder} cannot be read ({error}); download it again") from None
-
-
-def _read_options(folder: Path) -> dict[str, Any]:
-    path = folder / OPTIONS_FILE
-    if not path.is_file():
-        return {}
-    options = read_json(path)
-    kinds = {
-        "name": str,
-        "lora_targets": list,
-        "guidance_scale": (int, float),
-        "shift": (int, float),
-        **dict.fromkeys(("width", "height", "frames", "steps", "fps", "text_tokens"), int),
-    }
-    for key, value in options.items():
-        if key not in kinds:
-            raise WeightFileError(f"{path}: unknown option {key}; allowed are {', '.join(sorted(kinds))}")
-        if not isinstance(value, kinds[key]) or isinstance(value, bool):
-            raise WeightFileError(f"{path}: {key} has the wrong type, got {value!r}")
-    if "lora_targets" in options:
-        options["lora_targets"] = tuple(options["lora_targets"])
-    return options
 
 
 def _spec(name: str, transformer: nn.Module, vae: nn.Module) -> ModelSpec:
