@@ -41,12 +41,9 @@ def list_video_models() -> list[str]:
     return [BUILTIN, *sorted(found)]
 
 
-def reward_folder(name: str) -> Path | None:
-    """The folder of that name in ``models/reward_models``, or None."""
-    for root in folder_paths.get_folder_paths(REWARD_MODELS):
-        if name and Path(root, name).is_dir():
-            return Path(root, name)
-    return None
+def reward_roots() -> list[Path]:
+    """Folders in which the files of rewards are looked for; downloads go into the first."""
+    return [Path(root) for root in folder_paths.get_folder_paths(REWARD_MODELS)]
 
 
 def list_loras() -> list[str]:

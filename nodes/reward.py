@@ -47,9 +47,9 @@ class LoadReward(io.ComfyNode):
     @classmethod
     def execute(cls, name: str, path: str = "") -> io.NodeOutput:
         with engine(), patience(f"loading {name}", cls.hidden.unique_id):
-            folder = path.strip().strip('"') or folders.reward_folder(REWARDS[name].folder if name in REWARDS else "")
+            folder = path.strip().strip('"')
             rest = comfy.model_management.unet_offload_device()
-            reward = load_reward(name, folder, str(rest))
+            reward = load_reward(name, folder, str(rest), search=folders.reward_roots())
         say(REWARDS[name].summary, cls.hidden.unique_id)
         return io.NodeOutput(LoadedReward(reward, f"{name} {folder or 'builtin'}"))
 

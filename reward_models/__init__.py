@@ -1,79 +1,106 @@
-"""What judges: one file a reward, one line in the table below."""
+"""What judges: one file a reward, one line in the table below; rewards of other packages beside them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+import importlib.metadata
+import importlib.util
+import logging
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import torch
+
+from ..hub import Progress
+from . import clip_score
+from .files import Request, RewardEntry, find
 from .protocol import Reward
 
-BUILT_IN_CLIP = Path(__file__).resolve().parent.parent / "assets" / "tiny_clip"
-
-
-def _tiny_clip(path: Path | None, device: str) -> Reward:
-    from .clip_score import ClipScore
-
-    return ClipScore.load(path or BUILT_IN_CLIP, "tiny_clip", device=device)
-
-
-def _pickscore(path: Path | None, device: str) -> Reward:
-    from .clip_score import ClipScore
-
-    return ClipScore.load(_needed(path, "pickscore", "yuvalkirstain/PickScore_v1"), "pickscore", device=device)
-
-
-def _pickscore_scaled(path: Path | None, device: str) -> Reward:
-    from .clip_score import ClipScore
-
-    folder = _needed(path, "pickscore_scaled", "yuvalkirstain/PickScore_v1")
-    return ClipScore.load(folder, "pickscore_scaled", scaled=True, device=device)
-
-
-@dataclass(frozen=True)
-class RewardEntry:
-    """One reward of the table.
-
-    Attributes:
-        load: ``(path or None, device) -> Reward``.
-        summary: One line for lists and tooltips.
-        folder: Name of its files' folder below a models folder; empty if it ships with the pack.
-    """
-
-    load: Callable[[Path | None, str], Reward]
-    summary: str
-    folder: str = ""
-
+log = logging.getLogger(__name__)
 
 REWARDS: dict[str, RewardEntry] = {
-    "tiny_clip": RewardEntry(_tiny_clip, "CLIP cosine of the built-in world of coloured shapes"),
-    "pickscore": RewardEntry(_pickscore, "PickScore, plain cosine, as trained on (about 0.2)", "PickScore_v1"),
-    "pickscore_scaled": RewardEntry(_pickscore_scaled, "PickScore on its published scale (about 20)", "PickScore_v1"),
+    **clip_score.ENTRIES,
 }
+"""The rewards of this package by name."""
+
+GROUP = "reward_lora.rewards"
+"""Entry points of other packages: a name, and a callable ``(path or None, device) -> Reward``."""
 
 
-def load_reward(name: str, path: Path | str | None = None, device: str = "cpu") -> Reward:
+def all_rewards() -> dict[str, RewardEntry]:
+    """Ours and those of installed packages, which are not imported before they are asked for."""
+    found = dict(REWARDS)
+    for point in importlib.metadata.entry_points(group=GROUP):
+        package = point.dist.name if point.dist else point.value
+        if point.name in found:
+            log.warning("the reward %s of the package %s is left out: the name is taken", point.name, package)
+        elif importlib.util.find_spec(point.value.partition(":")[0].partition(".")[0]) is None:
+            log.warning(
+                "the reward %s of the package %s is left out: %s is not there", point.name, package, point.value
+            )
+        else:
+            found[point.name] = RewardEntry(_of_a_package(point, package), f"a reward of the package {package}")
+    return found
+
+
+def load_reward(
+    name: str,
+    path: Path | str | None = None,
+    device: str = "cpu",
+    *,
+    options: Mapping[str, str] | None = None,
+    search: Sequence[Path] = (),
+    download: bool = False,
+    progress: Progress | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> Reward:
     """Load a reward by name.
 
     Args:
-        name: A key of :data:`REWARDS`.
-        path: Its folder; None for what ships with the pack.
+        name: A key of :func:`all_rewards`.
+        path: Its file or folder, or a folder that holds its files by their published names; None for what ships
+            with the package or lies in ``search``.
         device: Where it computes.
+        options: Settings of the reward, as its entry lists them.
+        search: More folders that hold files by their published names, such as ComfyUI's ``models/reward_models``.
+        download: Fetch what is missing into the first of these folders.
+        progress: Bytes done and in total, of the download; may raise to cancel.
+        dtype: Of its networks. Scores are float32 or better.
 
     Raises:
-        ValueError: Unknown name, or files that are not there.
+        ValueError: Unknown name or option, files that are not there or of another model, a package that is missing.
     """
-    if name not in REWARDS:
-        raise ValueError(f"unknown reward {name!r}; known are {', '.join(REWARDS)}")
-    folder = Path(path) if path else None
-    if folder is not None and not (folder / "config.json").is_file():
-        raise ValueError(f"{folder} holds no config.json; choose the folder of {name} in the layout of transformers")
-    return REWARDS[name].load(folder, device)
-
-
-def _needed(path: Path | None, name: str, repository: str) -> Path:
-    if path is None:
+    known = REWARDS if name in REWARDS else all_rewards()
+    if name not in known:
+        raise ValueError(f"unknown reward {name!r}; known are {', '.join(known)}")
+    entry, path = known[name], Path(path) if path else None
+    settled = entry.settle(name, options or {})
+    files = find(name, entry.parts, path, search, download=download, progress=progress)
+    try:
+        with torch.inference_mode(False):
+            return entry.load(Request(name, files, path, device, dtype, settled))
+    except ModuleNotFoundError as error:
+        if not entry.extra:
+            raise
         raise ValueError(
-            f"{name} needs the folder of https://huggingface.co/{repository}; download it and give its path"
-        )
-    return path
+            f'{name} needs the Python package {error.name}; install it with pip install "reward-lora[{entry.extra}]"'
+        ) from None
+
+
+def _of_a_package(point: importlib.metadata.EntryPoint, package: str):
+    """The loader of an entry point; whatever goes wrong in it becomes a sentence that names the package."""
+
+    def load(request: Request) -> Reward:
+        try:
+            reward = point.load()(request.path, request.device)
+        except Exception as error:
+            raise ValueError(
+                f"the reward {point.name} of the package {package} cannot be loaded ({type(error).__name__}: {error})"
+            ) from error
+        if not isinstance(reward, Reward):
+            raise ValueError(
+                f"the reward {point.name} of the package {package} is no reward: it needs name, differentiable, "
+                "needs and score"
+            )
+        return reward
+
+    return load

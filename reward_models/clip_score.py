@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..files import WeightFileError, read_safetensors
+from .files import Part, Repository, Request, RewardEntry
 from .preprocess import CLIP_MEAN, CLIP_STD, normalize, resize_and_crop
 
 MAX_FRAMES_AT_ONCE = 32
@@ -39,7 +40,15 @@ class ClipScore:
         self._texts: dict[str, Tensor] = {}
 
     @classmethod
-    def load(cls, folder: Path | str, name: str, *, scaled: bool = False, device: str = "cpu") -> ClipScore:
+    def load(
+        cls,
+        folder: Path | str,
+        name: str,
+        *,
+        scaled: bool = False,
+        device: str = "cpu",
+        tokenizer: Path | None = None,
+    ) -> ClipScore:
         """Read a folder in the layout of transformers' ``CLIPModel``, weights in safetensors.
 
         Raises:
@@ -56,7 +65,7 @@ class ClipScore:
         if wrong:
             raise WeightFileError(f"{folder} is no CLIP that fits its config.json: {wrong[0]} is missing or wrong")
         model.load_state_dict(tensors, strict=False)
-        return cls(model.to(device), AutoTokenizer.from_pretrained(folder), name, scaled=scaled)
+        return cls(model.to(device), AutoTokenizer.from_pretrained(tokenizer or folder), name, scaled=scaled)
 
     @property
     def device(self) -> torch.device:
@@ -98,3 +107,40 @@ class ClipScore:
         self.model.to(device)
         self._texts.clear()
         return self
+
+
+BUILT_IN = Path(__file__).resolve().parent.parent / "assets" / "tiny_clip"
+TOKENIZER = Part(
+    "CLIP-ViT-H-14-laion2B-s32B-b79K",
+    Repository(
+        "laion/CLIP-ViT-H-14-laion2B-s32B-b79K",
+        ("tokenizer.json", "tokenizer_config.json"),
+        ("config.json", "special_tokens_map.json"),
+    ),
+)
+PICKSCORE = {
+    "model": Part("PickScore_v1", Repository("yuvalkirstain/PickScore_v1", ("config.json", "model.safetensors"))),
+    "tokenizer": TOKENIZER,
+}
+
+
+def _load(request: Request) -> ClipScore:
+    return ClipScore.load(
+        request.files["model"],
+        request.name,
+        scaled=request.name.endswith("_scaled"),
+        device=request.device,
+        tokenizer=request.files.get("tokenizer"),
+    )
+
+
+ENTRIES = {
+    "tiny_clip": RewardEntry(
+        _load,
+        "CLIP cosine of the built-in world of coloured shapes",
+        "Apache-2.0",
+        {"model": Part("tiny_clip", BUILT_IN)},
+    ),
+    "pickscore": RewardEntry(_load, "PickScore, plain cosine, as trained on (about 0.2)", "MIT", PICKSCORE),
+    "pickscore_scaled": RewardEntry(_load, "PickScore on its published scale (about 20)", "MIT", PICKSCORE),
+}

@@ -189,8 +189,8 @@ def test_what_cannot_be_had_is_one_sentence_with_address_and_target(server, tmp_
     monkeypatch.delenv("HF_HUB_OFFLINE")
     with pytest.raises(WeightFileError, match=rf"nobody.invalid/x.bin cannot be fetched.*put it at {target}"):
         fetch(RemoteFile("https://nobody.invalid/x.bin"), target)
+    (tmp_path / "file").touch()
     with pytest.raises(WeightFileError, match="cannot be written"):
-        (tmp_path / "file").touch()
         fetch(RemoteFile(server.url + "/plain.bin"), tmp_path / "file" / "x.bin")
 
 
