@@ -29,6 +29,7 @@ class ModelSpec:
             ``.<name>``. ``("all-linear",)`` stands for every linear layer, as the publishers train.
         width, height, frames, steps, guidance_scale, fps: What the model does well without being asked.
         experts: Names of the networks in ``denoisers``, the noisiest first.
+        boundary: With two experts, the smallest ``sigma`` at which the first still works.
         solver: In words, for tables.
         step_noise: Whether the solver adds fresh noise at every step (DDIM with eta above 0).
         recipe: File in ``recipes/`` to start from, or empty.
@@ -49,6 +50,7 @@ class ModelSpec:
     guidance_scale: float
     fps: int
     experts: tuple[str, ...] = ("transformer",)
+    boundary: float = 0.0
     solver: str = "flow-matching Euler"
     step_noise: bool = False
     recipe: str = ""
@@ -64,6 +66,10 @@ class ModelSpec:
     def latent_frames(self, frames: int) -> int:
         """Latent frames of a valid frame count."""
         return (frames - 1) // self.temporal_stride + 1
+
+    def expert_at(self, sigma: float | Tensor) -> str:
+        """Which network of ``denoisers`` predicts at a noise level."""
+        return self.experts[0] if float(sigma) >= self.boundary else self.experts[-1]
 
     def check_size(self, width: int, height: int, frames: int) -> None:
         """Raise ``ValueError`` naming the nearest valid size if the model cannot paint this one."""
