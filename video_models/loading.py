@@ -98,15 +98,15 @@ def materialise(
 
 
 def fit_names(tensors: Mapping[str, Tensor], module: nn.Module) -> dict[str, Tensor]:
-    """Follow transformers' releases: with or without ``vision_model.``, tied weights once or twice."""
+    """Follow transformers' releases: with or without ``vision_model.`` or ``text_model.``, tied weights once or twice."""
     expected = module.state_dict().keys()
     fitted = dict(tensors)
-    prefix = "vision_model."
-    wanted = any(name.startswith(prefix) for name in expected)
-    if any(name.startswith(prefix) for name in fitted) and not wanted:
-        fitted = {name.removeprefix(prefix): tensor for name, tensor in fitted.items()}
-    elif wanted and not any(name.startswith(prefix) for name in fitted):
-        fitted = {prefix + name: tensor for name, tensor in fitted.items()}
+    for prefix in ("vision_model.", "text_model."):
+        wanted = any(name.startswith(prefix) for name in expected)
+        if any(name.startswith(prefix) for name in fitted) and not wanted:
+            fitted = {name.removeprefix(prefix): tensor for name, tensor in fitted.items()}
+        elif wanted and not any(name.startswith(prefix) for name in fitted):
+            fitted = {prefix + name: tensor for name, tensor in fitted.items()}
     tied, source = "encoder.embed_tokens.weight", "shared.weight"
     if tied in expected and source in expected:
         one = fitted.get(source, fitted.get(tied))
