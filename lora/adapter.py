@@ -1,235 +1,34 @@
-"""Runtime adapters on a real model: injected by peft, changed in strength, removed bit for bit.
-
-Nothing is ever merged into the base weights, so low-precision and quantised bases stay as they are.
-"""
+"""LoRAs as somebody wishes to use them, put into a model for a while and taken out bit for bit."""
 
 from __future__ import annotations
 
-import math
-import re
-import warnings
-from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
-import torch
-from torch import Tensor, nn
+from .inject import STRENGTH_RANGE, Adapter, check_strength, inject_new, inject_weights, total_norm
+from .match import fit
+from .network import linear_shapes, select_modules
+from .weights import LoraFile
 
-from .files import LoraFile, LoraModule, MatchedLora, match
+__all__ = [
+    "ALL",
+    "STRENGTH_RANGE",
+    "Adapter",
+    "LoraUse",
+    "applied",
+    "at_step",
+    "check_strength",
+    "inject_new",
+    "inject_weights",
+    "linear_shapes",
+    "select_modules",
+    "total_norm",
+]
 
-ALL_LINEAR = "all-linear"
-STRENGTH_RANGE = (-2.0, 2.0)
-
-
-def check_strength(strength: float) -> float:
-    """Return the strength, or raise ``ValueError`` outside -2..2."""
-    low, high = STRENGTH_RANGE
-    if not low <= strength <= high:
-        raise ValueError(f"strength must lie in {low:g}..{high:g}, got {strength}")
-    return float(strength)
-
-
-def _base_linears(model: nn.Module) -> dict[str, nn.Linear]:
-    """The model's own linear layers by their real name, adapters looked through."""
-    from peft.tuners.lora import LoraLayer
-
-    inside = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, LoraLayer))
-    linears = {}
-    for name, module in model.named_modules():
-        if isinstance(module, LoraLayer):
-            module = module.get_base_layer()
-        elif inside and name.startswith(inside):
-            continue
-        if isinstance(module, nn.Linear):
-            linears[name] = module
-    return linears
-
-
-def linear_shapes(model: nn.Module) -> dict[str, tuple[int, int]]:
-    """``(out, in)`` of every linear layer a LoRA may adapt, by name."""
-    return {name: (linear.out_features, linear.in_features) for name, linear in _base_linears(model).items()}
-
-
-def select_modules(model: nn.Module, targets: Sequence[str]) -> list[str]:
-    """Names of the linear layers that ``targets`` speak of.
-
-    Args:
-        model: Any network.
-        targets: A target matches a module of that name or whose name ends in ``.<target>``;
-            ``all-linear`` matches every linear layer.
-
-    Raises:
-        ValueError: A target that matches nothing.
-    """
-    names = list(_base_linears(model))
-    if ALL_LINEAR in targets:
-        return names
-    chosen = {name for name in names for t in targets if name == t or name.endswith(f".{t}")}
-    for target in targets:
-        if not any(name == target or name.endswith(f".{target}") for name in names):
-            ends = sorted({name.rpartition(".")[2] for name in names})
-            raise ValueError(f"no linear layer of this model is called {target!r}; names end in {', '.join(ends)}")
-    return [name for name in names if name in chosen]
-
-
-class Adapter:
-    """One LoRA inside one network.
-
-    Made by :func:`inject_new` for training or :func:`inject_weights` for use; several may live in one
-    network at once. Frozen unless :meth:`train` was called.
-
-    Args:
-        model: The network it was injected into.
-        name: Its name in peft.
-        ranks, alphas: Of every adapted module, by module name.
-    """
-
-    def __init__(self, model: nn.Module, name: str, ranks: Mapping[str, int], alphas: Mapping[str, float]) -> None:
-        self.model, self.name = model, name
-        self._ranks, self._alphas = dict(ranks), dict(alphas)
-        self._strength = 1.0
-
-    @property
-    def modules(self) -> list[str]:
-        return list(self._ranks)
-
-    def _layer(self, module: str) -> nn.Module:
-        return self.model.get_submodule(module)
-
-    def parameters(self) -> dict[str, nn.Parameter]:
-        """``<module>.down`` ``[rank, in]`` and ``<module>.up`` ``[out, rank]``, in a fixed order."""
-        found = {}
-        for module in self._ranks:
-            layer = self._layer(module)
-            found[f"{module}.down"] = layer.lora_A[self.name].weight
-            found[f"{module}.up"] = layer.lora_B[self.name].weight
-        return found
-
-    def weights(self) -> dict[str, LoraModule]:
-        """The matrices and alphas by module, ready for :func:`.files.write_lora`."""
-        p = self.parameters()
-        return {m: LoraModule(p[f"{m}.down"].detach(), p[f"{m}.up"].detach(), self._alphas[m]) for m in self._ranks}
-
-    def train(self) -> None:
-        """Make this adapter's matrices require gradient."""
-        for parameter in self.parameters().values():
-            parameter.requires_grad_(True)
-
-    @property
-    def strength(self) -> float:
-        return self._strength
-
-    @strength.setter
-    def strength(self, value: float) -> None:
-        """0 takes the adapter out of the computation, so the outputs are the base model's to the bit."""
-        self._strength = check_strength(value)
-        for module, rank in self._ranks.items():
-            layer = self._layer(module)
-            layer.scaling[self.name] = value * self._alphas[module] / rank
-            others = [name for name in layer.active_adapters if name != self.name]
-            # peft's set_adapter would also switch requires_grad of every adapter; only the list is wanted here.
-            layer._active_adapter = others if value == 0 else [*others, self.name]
-
-    @contextmanager
-    def at_strength(self, value: float) -> Iterator[None]:
-        """Temporarily another strength; 0 gives the base model."""
-        before = self._strength
-        self.strength = value
-        try:
-            yield
-        finally:
-            self.strength = before
-
-    def remove(self) -> None:
-        """Take the adapter out. When it was the last one, the network's own layers are back in place."""
-        for module in self._ranks:
-            layer = self._layer(module)
-            for part in (layer.lora_A, layer.lora_B, layer.lora_dropout):
-                del part[self.name]
-            layer._active_adapter = [name for name in layer.active_adapters if name != self.name]
-            if not layer.lora_A:
-                parent, _, child = module.rpartition(".")
-                setattr(self.model.get_submodule(parent), child, layer.get_base_layer())
-        configs = getattr(self.model, "peft_config", None)
-        if configs is not None:
-            configs.pop(self.name, None)
-            if not configs:
-                del self.model.peft_config
-
-
-def _inject(model: nn.Module, name: str, ranks: Mapping[str, int], alphas: Mapping[str, float]) -> Adapter:
-    from peft import LoraConfig, inject_adapter_in_model
-
-    if name in getattr(model, "peft_config", {}):
-        raise ValueError(f"an adapter called {name!r} is in this model already")
-    trainable = [p for p in model.parameters() if p.requires_grad]  # peft freezes what it did not make
-    common = Counter(ranks.values()).most_common(1)[0][0]
-    config = LoraConfig(
-        r=common,
-        lora_alpha=common,
-        target_modules="|".join(re.escape(module) for module in ranks),  # a string is matched as a whole
-        rank_pattern={f"^{re.escape(module)}$": rank for module, rank in ranks.items() if rank != common},
-    )
-    active = {m: layer.active_adapters for m, layer in model.named_modules() if hasattr(layer, "_active_adapter")}
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # several LoRAs are our intention
-        inject_adapter_in_model(config, model, name)
-    for module, layer in model.named_modules():
-        if hasattr(layer, "_active_adapter"):
-            layer._active_adapter = list(active.get(module, []))
-    for parameter in trainable:
-        parameter.requires_grad_(True)
-    adapter = Adapter(model, name, ranks, alphas)
-    for module in ranks:
-        layer = model.get_submodule(module)
-        base = layer.get_base_layer().weight
-        dtype = base.dtype if base.dtype in (torch.float32, torch.float64) else torch.float32
-        for part in (layer.lora_A, layer.lora_B):
-            part[name].to(dtype=dtype).requires_grad_(False)
-    adapter.strength = 1.0
-    return adapter
-
-
-def inject_new(
-    model: nn.Module, targets: Sequence[str], rank: int, alpha: float, seed: int, name: str = "trained"
-) -> Adapter:
-    """Put a fresh trainable LoRA into a network: ``down`` Kaiming-uniform with ``a = sqrt(5)``, ``up`` zero.
-
-    Args:
-        model: Any network with linear layers.
-        targets: See :func:`select_modules`.
-        rank: Rank of every pair of matrices.
-        alpha: Network alpha; the adapter is scaled by ``alpha / rank``.
-        seed: Makes the initialisation; the same on every device and rank.
-        name: The adapter's name in peft.
-    """
-    modules = select_modules(model, targets)
-    adapter = _inject(model, name, dict.fromkeys(modules, rank), dict.fromkeys(modules, float(alpha)))
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for key, parameter in adapter.parameters().items():
-            if key.endswith(".up"):
-                parameter.zero_()
-            else:  # Kaiming-uniform with a = sqrt(5): bound = 1 / sqrt(fan_in)
-                noise = torch.rand(parameter.shape, generator=generator, dtype=torch.float32)
-                parameter.copy_((2 * noise - 1) / math.sqrt(parameter.shape[1]))
-    adapter.train()
-    return adapter
-
-
-def inject_weights(model: nn.Module, lora: MatchedLora, strength: float = 1.0, name: str = "lora") -> Adapter:
-    """Put given matrices into a network, frozen, at a strength. Raises ``ValueError`` outside -2..2."""
-    check_strength(strength)
-    ranks = {module: m.rank for module, m in lora.modules.items()}
-    adapter = _inject(model, name, ranks, {module: m.alpha for module, m in lora.modules.items()})
-    with torch.no_grad():
-        for module, weights in lora.modules.items():
-            layer = model.get_submodule(module)
-            layer.lora_A[name].weight.copy_(weights.down)
-            layer.lora_B[name].weight.copy_(weights.up)
-    adapter.strength = strength
-    return adapter
+ALL = "all"
+"""In place of an expert's name: every network of the model."""
+_WINDOWS = "_reward_lora_windows"
 
 
 @dataclass(frozen=True)
@@ -239,15 +38,57 @@ class LoraUse:
     Attributes:
         lora: The file, read.
         strength: -2..2.
-        expert: Which network of the model it belongs to.
+        expert: Which network of the model it belongs to; ``all`` is the one its metadata name, else every one.
+        start, end: The part of the walk from noise to video in which it acts, 0..1. Late steps alone
+            (0.5 to 1) keep the variety of the base model, for the early ones decide on the layout.
+
+    Raises:
+        ValueError: A value outside these ranges.
     """
 
     lora: LoraFile
     strength: float
-    expert: str = "transformer"
+    expert: str = ALL
+    start: float = 0.0
+    end: float = 1.0
 
     def __post_init__(self) -> None:
         check_strength(self.strength)
+        if not 0 <= self.start < self.end <= 1:
+            raise ValueError(f"start and end must satisfy 0 <= start < end <= 1, got {self.start:g} and {self.end:g}")
+
+    def experts(self, model) -> list[str]:
+        """Names of the networks of a video model that get it. Raises ``ValueError`` for one the model lacks."""
+        known = list(model.denoisers)
+        if self.expert == ALL:
+            named = self.lora.metadata.get("expert")
+            return [named] if named in known else known
+        if self.expert not in known:
+            raise ValueError(f"the expert must be {ALL} or one of {', '.join(known)}, got {self.expert!r}")
+        return [self.expert]
+
+    def check(self, model) -> list[str]:
+        """One line a network: what matches. Raises ``WeightFileError`` where nothing does."""
+        return [self._report(model, expert, fit(self.lora, model, expert)) for expert in self.experts(model)]
+
+    def put_into(self, model, name: str) -> tuple[list[Adapter], list[str]]:
+        """Inject it under a name. Gives the adapters, and one line each."""
+        adapters, reports = [], []
+        try:
+            for expert in self.experts(model):
+                matched = fit(self.lora, model, expert)
+                adapters.append(inject_weights(model.denoisers[expert], matched, self.strength, name))
+                reports.append(self._report(model, expert, matched))
+        except BaseException:
+            for adapter in adapters:
+                adapter.remove()
+            raise
+        return adapters, reports
+
+    def _report(self, model, expert: str, matched) -> str:
+        where = f" in {expert}" if len(model.denoisers) > 1 else ""
+        window = f", steps from {self.start:.0%} to {self.end:.0%}" if (self.start, self.end) != (0, 1) else ""
+        return f"{matched.report()}{where}, strength {self.strength:g}{window}"
 
 
 @contextmanager
@@ -259,22 +100,44 @@ def applied(model, uses: Sequence[LoraUse]) -> Iterator[list[str]]:
         uses: LoRAs in order; the same file may come twice.
 
     Yields:
-        One line a LoRA: how many modules matched.
+        One line a LoRA and network: how many modules matched.
     """
-    adapters: list[Adapter] = []
-    try:
-        reports = []
+    reports: list[str] = []
+    with ExitStack() as undo:
         for index, use in enumerate(uses):
-            network = model.denoisers[use.expert]
-            matched = match(use.lora, model.lora_names(use.expert), linear_shapes(network))
-            adapters.append(inject_weights(network, matched, use.strength, f"lora_{index}"))
-            reports.append(f"{matched.report()}, strength {use.strength:g}")
+            adapters, lines = use.put_into(model, f"lora_{index}")
+            reports += lines
+            for adapter in adapters:
+                undo.callback(adapter.remove)
+                if (use.start, use.end) != (0, 1):
+                    undo.enter_context(_window(adapter, use.start, use.end))
         yield reports
+
+
+@contextmanager
+def _window(adapter: Adapter, start: float, end: float) -> Iterator[None]:
+    """Let :func:`at_step` find the adapter."""
+    windows = vars(adapter.model).setdefault(_WINDOWS, [])
+    windows.append((adapter, start, end))
+    try:
+        yield
     finally:
-        for adapter in reversed(adapters):
-            adapter.remove()
+        windows.remove((adapter, start, end))
+        if not windows:
+            del vars(adapter.model)[_WINDOWS]
 
 
-def total_norm(tensors: Sequence[Tensor]) -> float:
-    """Euclidean norm over all entries of several tensors."""
-    return float(torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(t.double()) for t in tensors])))
+def at_step(model, index: int, count: int) -> None:
+    """Tell the LoRAs of a model which solver step comes, so that one with a window acts in it alone.
+
+    Whoever walks from noise to video calls it before every step.
+
+    Args:
+        model: The video model.
+        index: Of the step; 0 is the noisiest.
+        count: Steps of the whole walk.
+    """
+    middle = (index + 0.5) / count
+    for network in model.denoisers.values():
+        for adapter, start, end in getattr(network, _WINDOWS, ()):
+            adapter.paused = not start <= middle < end

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -12,19 +11,12 @@ from comfy.cli_args import args
 from comfy_api.latest import io
 
 from ..lora.adapter import STRENGTH_RANGE, LoraUse, check_strength, linear_shapes
-from ..lora.files import LoraFile, LoraModule, match, read_lora, write_lora
+from ..lora.files import LoraFile, match, read_lora, write_lora
 from . import folders
 from .bridge import engine, say
 from .types import LoadedModel, LoraType, VideoModelType
 
 EXPERT = "transformer"
-
-
-def load_lora(path: Path) -> LoraFile:
-    """Read a LoRA into memory, so that it stays what it is when its file is replaced."""
-    lora = read_lora(path)
-    modules = {name: LoraModule(m.down.clone(), m.up.clone(), m.alpha) for name, m in lora.modules.items()}
-    return dataclasses.replace(lora, modules=modules)
 
 
 class ApplyRewardLora(io.ComfyNode):
@@ -84,7 +76,7 @@ class ApplyRewardLora(io.ComfyNode):
             if lora is None:
                 if lora_file == folders.CONNECTED:
                     raise ValueError("no LoRA is connected; connect one, or choose a file from the list")
-                lora = load_lora(folders.lora_path(lora_file))
+                lora = read_lora(folders.lora_path(lora_file)).in_memory()
             model = video_model.model
             matched = match(lora, model.lora_names(EXPERT), linear_shapes(model.denoisers[EXPERT]))
         report = f"{matched.report()}, strength {strength:g}"
