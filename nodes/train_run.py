@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..files import canonical_json
 from ..lora.adapter import LoraUse, applied
-from ..lora.files import LoraFile
+from ..lora.files import LoraFile, read_lora
 from ..training.checkpoint import list_checkpoints
 from ..training.config import TrainConfig
 from ..training.media import contact_sheet, write_png
@@ -26,7 +26,6 @@ from ..training.seeds import seed_for
 from ..training.trainer import SHOWN, Evaluation, StepEvent, Trainer
 from . import folders
 from .bridge import Progress, make_room, on_device, picture_to_image, to_images
-from .lora import load_lora
 from .types import LoadedModel, LoadedReward
 
 REDRAW = 5.0
@@ -86,7 +85,7 @@ class TrainingRun:
                 tick=progress,
             )
             made, seconds, skipped = self._follow(trainer, progress)
-            lora = load_lora(trainer.lora_path)
+            lora = read_lora(trainer.lora_path).in_memory()
             before, after = self._clips(lora, progress)
         curve, picture = trainer.curve(), self._picture(trainer, f"step {config.steps}", before, after)
         overview = write_png(self.folder / "overview.png", picture)
