@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from ..hub import Progress
-from . import clip_score
+from . import clip_score, face
 from .files import Request, RewardEntry, find
 from .protocol import Reward
 
@@ -19,6 +19,7 @@ log = logging.getLogger(__name__)
 
 REWARDS: dict[str, RewardEntry] = {
     **clip_score.ENTRIES,
+    **face.ENTRIES,
 }
 """The rewards of this package by name."""
 
