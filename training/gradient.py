@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from ..lora.adapter import at_step
 from ..reward_models.protocol import Reward
 from ..video_models.protocol import Conditioning, Tick, VideoModel
 from .schedule import Plan
@@ -85,6 +86,7 @@ def rollout(walk: Walk, x: Tensor, plan: Plan) -> tuple[Tensor, dict[int, Tensor
     kept = {}
     for i in range(len(plan.sigmas) - 1):
         walk.tick("rollout")
+        at_step(walk.model, i, len(plan.sigmas) - 1)
         if i in plan.trained:
             kept[i] = x
         x = walk.step(x, walk.predict(x, plan.sigmas[i]), plan, i)
@@ -202,6 +204,7 @@ def replay(walk: Walk, kept: Mapping[int, Tensor], plan: Plan, gradient: Tensor,
         gradient = to_sample
         if i not in plan.trained:
             continue
+        at_step(walk.model, i, len(plan.sigmas) - 1)
         # Only a step with a trained one before it has anybody to pass a gradient to.
         x = kept[i].detach().requires_grad_(coupling > 0 and i > first)
         with torch.enable_grad():
