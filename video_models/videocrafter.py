@@ -1,0 +1,145 @@
+"""VideoCrafter2, text to video, as VADER trains it: our UNet, Stable Diffusion's VAE, OpenCLIP's text features.
+
+Sources: the publisher's ``lvdm`` package (arXiv 2401.09047) and VADER (arXiv 2407.08737). One difference is wanted:
+VADER never leaves training mode, so dropout is at work in its videos; here a step gives the same twice, because the
+gradient is taken by computing it again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from .protocol import Conditioning, ModelSpec
+from .videocrafter_ddim import Diffusion, ddim_sigmas, ddim_step, scaled_diffusion
+
+TEXT_TOKENS = 77
+LATENT_SCALE = 0.18215
+"""Of the latents the UNet sees to those of the VAE."""
+
+DECODED_TOGETHER = 4
+"""Frames the VAE sees at once; it looks at each alone."""
+
+
+class VideoCrafterModel:
+    """VideoCrafter2. See :class:`.protocol.VideoModel` for every method.
+
+    Args:
+        spec: Facts about the model.
+        unet: :class:`.videocrafter_unet.VideoCrafterUNet`.
+        vae: diffusers' ``AutoencoderKL``.
+        text_encoder: ``CLIPTextModel`` without its last block; may be None when embeddings are given.
+        tokenizer: From a list of prompts to tokens ``[N, 77]``.
+        eta: Share of fresh noise in each step, 0..1; 0 for a model whose ``spec.step_noise`` is False.
+        conditioning_fps: The frame rate the UNet is told, of both guidance branches.
+        diffusion: The noise of every timestep.
+        fingerprint: What identifies the text encoder's weights.
+    """
+
+    def __init__(
+        self,
+        spec: ModelSpec,
+        unet: nn.Module,
+        vae: nn.Module,
+        text_encoder: nn.Module | None = None,
+        tokenizer: Callable[[list[str]], Tensor] | None = None,
+        eta: float = 1.0,
+        conditioning_fps: int = 24,
+        diffusion: Diffusion | None = None,
+        fingerprint: str = "",
+    ) -> None:
+        self.spec = spec
+        self.denoisers = {"transformer": unet}
+        self.vae, self.text_encoder, self.tokenizer = vae, text_encoder, tokenizer
+        self._eta, self._fps, self._fingerprint = eta, conditioning_fps, fingerprint
+        self._diffusion = diffusion or scaled_diffusion()
+        for module in (unet, vae, text_encoder):
+            if module is not None:
+                module.eval().requires_grad_(False)
+
+    @property
+    def unet(self) -> nn.Module:
+        return self.denoisers["transformer"]
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.unet.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(self.unet.parameters()).dtype
+
+    def lora_names(self, expert: str) -> dict[str, str]:
+        linear = (name for name, module in self.denoisers[expert].named_modules() if isinstance(module, nn.Linear))
+        # In an injected adapter the layer itself is called base_layer, and the adapter's own matrices lora_A, lora_B.
+        return {name: name for name in (n.removesuffix(".base_layer") for n in linear if ".lora_" not in n)}
+
+    def text_fingerprint(self) -> str:
+        return hashlib.sha256(f"videocrafter2:{self._fingerprint}".encode()).hexdigest()[:16]
+
+    @torch.no_grad()
+    def encode_text(self, prompts: Sequence[str]) -> list[Tensor]:
+        """All 77 tokens ``[77, D]`` a prompt: the UNet was trained to look at the padding too."""
+        if self.text_encoder is None or self.tokenizer is None:
+            raise RuntimeError(f"{self.spec.name} was loaded without its text encoder; load it with text=True")
+        device = next(self.text_encoder.parameters()).device
+        return [self.text_encoder(self.tokenizer([p]).to(device)).last_hidden_state[0] for p in prompts]
+
+    def conditioning(
+        self,
+        positive: Sequence[Tensor],
+        negative: Sequence[Tensor] | None,
+        latent_shape: Sequence[int],
+        *,
+        start_image: Tensor | None = None,
+        end_image: Tensor | None = None,
+    ) -> Conditioning:
+        if start_image is not None or end_image is not None:
+            raise ValueError(f"{self.spec.name} is a text-to-video model and takes no start or end image")
+        if negative is not None and len(negative) != len(positive):
+            raise ValueError(f"{len(positive)} positive prompts need as many negative ones, got {len(negative)}")
+        fps = torch.full((len(positive),), self._fps, device=self.device)
+
+        def branch(texts: Sequence[Tensor]) -> dict[str, Tensor]:
+            return {"text": torch.stack(list(texts)).to(self.device, self.dtype), "fps": fps}
+
+        return Conditioning(branch(positive), None if negative is None else branch(negative))
+
+    def initial_latents(self, latent_shape: Sequence[int], seeds: Sequence[int]) -> Tensor:
+        noise = [torch.randn(tuple(latent_shape), generator=torch.Generator().manual_seed(seed)) for seed in seeds]
+        return torch.stack(noise).to(self.device)
+
+    def sigmas(self, steps: int) -> Tensor:
+        """Noise levels of the publisher's timesteps, which are a few more where ``steps`` does not divide 1000.
+
+        The last is that of timestep 0, not 0: the published sampler leaves this much noise in.
+        """
+        return ddim_sigmas(self._diffusion, steps)
+
+    def predict(self, x: Tensor, sigma: Tensor, branch: Mapping[str, Tensor]) -> Tensor:
+        timestep = torch.full((x.shape[0],), self._diffusion.timestep(sigma), device=x.device)
+        return self.unet(x.to(self.dtype), timestep, branch["text"], branch["fps"]).to(x.dtype)
+
+    def step(
+        self, x: Tensor, prediction: Tensor, sigma: Tensor, sigma_next: Tensor, noise: Tensor | None = None
+    ) -> Tensor:
+        return ddim_step(self._diffusion, x, prediction, sigma, sigma_next, self._eta, noise)
+
+    def decode(self, latents: Tensor) -> Tensor:
+        parameter = next(self.vae.parameters())
+        frames = latents.transpose(1, 2).flatten(0, 1).to(parameter.device, parameter.dtype) / LATENT_SCALE
+        pixels = torch.cat([self.vae.decode(part).sample for part in frames.split(DECODED_TOGETHER)])
+        video = pixels.unflatten(0, (latents.shape[0], -1)).transpose(1, 2).to(latents.dtype)
+        return (video / 2 + 0.5).clamp(0, 1)
+
+    def to(self, device: torch.device | str, *parts: str) -> None:
+        modules = {"text": self.text_encoder, "denoiser": self.unet, "vae": self.vae}
+        unknown = set(parts) - set(modules)
+        if unknown:
+            raise ValueError(f"unknown parts {sorted(unknown)}; allowed are {sorted(modules)}")
+        for part in parts or modules:
+            if modules[part] is not None:
+                modules[part].to(device)
