@@ -79,7 +79,10 @@ def load(
         text_fingerprint = f"{fingerprint(parts.text_files)}:{dtype or 'auto'}"
     shift, text_tokens = options.pop("shift", parts.shift), options.pop("text_tokens", TEXT_TOKENS)
     spec = dataclasses.replace(_spec(folder.resolve().name, transformer, vae), **options)
-    image_encoder = None if parts.image_encoder is None else lambda: parts.image_encoder(dtype, "cpu")
+
+    def image_encoder() -> nn.Module:
+        return parts.image_encoder(dtype, "cpu")
+
     return WanModel(
         spec, transformer, vae, text_encoder, tokenizer, image_encoder, shift, text_tokens, text_fingerprint
     )
@@ -92,7 +95,7 @@ class _Parts:
     transformer: Loader
     vae: Loader
     text_encoder: Loader
-    image_encoder: Loader | None
+    image_encoder: Loader
     tokenizer: Path
     text_files: tuple[Path, ...]
     shift: float
@@ -106,12 +109,11 @@ def _diffusers_parts(folder: Path) -> _Parts:
         raise WeightFileError(f"{folder} is a Wan2.2 TI2V model; supported are Wan2.1 models")
     scheduler = read_json(folder / "scheduler" / "scheduler_config.json")
     diffusion = "diffusion_pytorch_model"
-    image = folder / "image_encoder"
     return _Parts(
         transformer=component(folder / "transformer", diffusion, _build_transformer, keep_float32=FLOAT32_PARTS),
         vae=component(folder / "vae", diffusion, diffusers("AutoencoderKLWan")),
         text_encoder=component(folder / "text_encoder", "model", build_t5),
-        image_encoder=component(image, "model", build_clip_vision) if image.is_dir() else None,
+        image_encoder=component(folder / "image_encoder", "model", build_clip_vision),
         tokenizer=folder / "tokenizer",
         text_files=text_files(find_weights(folder / "text_encoder", "model"), folder / "tokenizer"),
         shift=float(scheduler.get("flow_shift", scheduler.get("shift", DEFAULT_SHIFT))),
@@ -121,15 +123,6 @@ def _diffusers_parts(folder: Path) -> _Parts:
 def _original_parts(folder: Path) -> _Parts:
     config = read_json(folder / "config.json")
     tokenizer = next((folder / name for name in TOKENIZERS if (folder / name).is_dir()), folder / TOKENIZERS[0])
-    image = None
-    if find_weights(folder, IMAGE_FILE) is not None:
-        image = component(
-            folder,
-            IMAGE_FILE,
-            build_clip_vision,
-            read_config=wan_encoder_keys.clip_config,
-            convert=wan_encoder_keys.convert_clip,
-        )
     return _Parts(
         transformer=component(
             folder,
@@ -153,7 +146,13 @@ def _original_parts(folder: Path) -> _Parts:
             read_config=wan_encoder_keys.umt5_config,
             convert=wan_encoder_keys.convert_umt5,
         ),
-        image_encoder=image,
+        image_encoder=component(
+            folder,
+            IMAGE_FILE,
+            build_clip_vision,
+            read_config=wan_encoder_keys.clip_config,
+            convert=wan_encoder_keys.convert_clip,
+        ),
         tokenizer=tokenizer,
         text_files=text_files(find_weights(folder, TEXT_FILE), tokenizer),
         shift=DEFAULT_SHIFT,
