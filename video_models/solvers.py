@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -38,10 +40,11 @@ def euler_step(x: Tensor, velocity: Tensor, sigma: Tensor, sigma_next: Tensor) -
 
 @dataclass(frozen=True)
 class Ddim:
-    """Deterministic DDIM (arXiv 2010.02502) over a discrete noise schedule.
+    """Deterministic DDIM (arXiv 2010.02502) over a discrete noise schedule, walking as diffusers' ``DDIMScheduler``.
 
-    A noise level is ``sigma = sqrt(1 - alpha_bar)``. A step leads to the level that the next call of the
-    network gets; diffusers always goes down ``T // steps`` timesteps, which is the same where ``steps`` divides T.
+    A noise level is ``sigma = sqrt(1 - alpha_bar)``. diffusers always goes down ``T // steps`` timesteps. Where
+    ``steps`` does not divide T, ``trailing`` latents arrive one timestep noisier than the next call of the network
+    is told; such a level is written as the mean of the two.
 
     Attributes:
         alphas: ``alpha_bar`` of every timestep, ``[T]`` float64, decreasing.
@@ -105,23 +108,41 @@ class Ddim:
         if self.spacing == "leading":
             timesteps = (place * (count // steps)).flip(0) + self.offset
         elif self.spacing == "trailing":
-            timesteps = (count - place * (count / steps)).round() - 1
+            # numpy's own rounding decides some timesteps of diffusers; it may also add one step too many.
+            timesteps = torch.from_numpy(np.arange(count, 0, -count / steps)[:steps]).round() - 1
         else:
             timesteps = torch.linspace(0, count - 1, steps, dtype=torch.float64).round().flip(0)
-        alphas = self.alphas[timesteps.long().clamp(max=count - 1)]
-        return (1 - torch.cat([alphas, alphas.new_tensor([self.last_alpha])])).sqrt()
+        asked = timesteps.long().clamp(max=count - 1)
+        levels = self._levels()
+        end = (1 - levels.new_tensor([self.last_alpha])).sqrt()
+        if self.spacing == "linspace":  # the two walks lie too far apart to follow both: to the level asked next
+            return torch.cat([levels[asked + 1], end])
+        arrived = (asked - count // steps).clamp(min=-1)
+        between = (levels[asked[1:] + 1] + levels[arrived[:-1] + 1]) / 2
+        last = levels[arrived[-1:] + 1] if arrived[-1] >= 0 else end
+        return torch.cat([levels[asked[:1] + 1], between, last])
+
+    def _levels(self) -> Tensor:
+        """``sigma`` of the clean video and of every timestep, ``[T + 1]``, rising."""
+        return torch.cat([self.alphas.new_zeros(1), (1 - self.alphas).sqrt()])
+
+    def _place(self, sigma: Tensor) -> float:
+        """Where ``sigma`` lies in :meth:`_levels`, with the part of the way to the next."""
+        levels, value = self._levels(), sigma.detach().to(self.alphas)
+        upper = int(torch.searchsorted(levels, value).clamp(1, len(levels) - 1))
+        below, above = levels[upper - 1], levels[upper]
+        return upper - 1 + float((value - below) / (above - below))
 
     def timestep(self, sigma: Tensor) -> Tensor:
-        """The timestep (a scalar, int64) whose noise level is nearest to ``sigma``."""
-        return ((1 - self.alphas).sqrt() - sigma.to(self.alphas)).abs().argmin()
+        """The timestep (a scalar, int64) the network is told at ``sigma``; between two levels, the cleaner."""
+        return torch.tensor(min(max(math.floor(self._place(sigma) + 0.25) - 1, 0), len(self.alphas) - 1))
 
     def step(self, x: Tensor, prediction: Tensor, sigma: Tensor, sigma_next: Tensor) -> Tensor:
-        """``sqrt(1 - sigma_next^2) * x0 + sigma_next * noise``, both told from ``x`` and the prediction."""
-        sigma, sigma_next = (value.to("cpu", torch.float64) for value in (sigma, sigma_next))
-        root, root_next = ((1 - value.square()).sqrt() for value in (sigma, sigma_next))
+        """``sqrt(alpha_next) * x0 + sqrt(1 - alpha_next) * noise``, both told from ``x`` and the prediction."""
+        alphas = torch.cat([self.alphas.new_ones(1), self.alphas])
+        alpha = alphas[self.timestep(sigma) + 1]
+        alpha_next = alphas[min(max(math.ceil(self._place(sigma_next) - 0.25), 0), len(self.alphas))]
+        root, root_next, noise, noise_next = (float(v.sqrt()) for v in (alpha, alpha_next, 1 - alpha, 1 - alpha_next))
         if self.prediction == "epsilon":
-            of_x, of_prediction = root_next / root, sigma_next - root_next * sigma / root
-        else:
-            of_x = root_next * root + sigma_next * sigma
-            of_prediction = sigma_next * root - root_next * sigma
-        return float(of_x) * x + float(of_prediction) * prediction
+            return root_next / root * x + (noise_next - root_next * noise / root) * prediction
+        return (root_next * root + noise_next * noise) * x + (noise_next * root - root_next * noise) * prediction
