@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import json
+import operator
 import os
 import pickle
+import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
 from torch import Tensor
+
+MAX_HEADER = 16 << 20
+"""Bytes. A header of the largest models takes 1 MB; reading one may take thirty times its size."""
 
 
 class WeightFileError(ValueError):
@@ -54,7 +59,7 @@ def _check_safetensors(path: Path) -> None:
     with path.open("rb") as file:
         start = file.read(9)
         length = int.from_bytes(start[:8], "little")
-        if start[8:] != b"{" or length > 100 << 20:
+        if start[8:] != b"{" or length > MAX_HEADER:
             if start[:1] == b"\x80" or start[:2] == b"PK":  # a header's length may begin so as well
                 raise WeightFileError(
                     f"{path} is a pickle, not safetensors, and a pickle can run code, so it is not opened; "
@@ -65,8 +70,9 @@ def _check_safetensors(path: Path) -> None:
         header = file.read(length)
     try:
         entries = json.loads(header)
-        end = max((entry["data_offsets"][1] for name, entry in entries.items() if name != "__metadata__"), default=0)
-    except (ValueError, TypeError, KeyError, IndexError):
+        ends = (operator.index(entry["data_offsets"][1]) for name, entry in entries.items() if name != "__metadata__")
+        end = max(ends, default=0)
+    except (ValueError, TypeError, KeyError, IndexError, RecursionError):
         if len(header) == length:
             raise WeightFileError(f"{path} has a damaged header; download it again") from None
         end = 0
@@ -86,21 +92,45 @@ def read_pickle(path: Path | str) -> dict[str, Tensor]:
     try:
         with path.open("rb") as file:
             zipped = file.read(2) == b"PK"  # only torch's zip format can be mapped
+        if zipped:
+            _check_zip(path)
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
     except pickle.UnpicklingError:
         raise WeightFileError(
             f"{path} holds more than tensors and could run code, or is damaged, so it is not loaded; "
             "get the publisher's original file or a safetensors version"
         ) from None
+    except WeightFileError:
+        raise
     except OSError as error:
         raise unreadable(path, error) from None
     except Exception:  # garbage makes torch's parser raise almost anything
         raise WeightFileError(f"{path} is damaged or not a PyTorch file; download it again") from None
     if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
         content = content["state_dict"]
-    if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
+    if not isinstance(content, dict) or not all(isinstance(k, str) and _is_whole(v) for k, v in content.items()):
         raise WeightFileError(f"{path} does not hold one tensor a name; it is not a file of weights")
     return content
+
+
+def _check_zip(path: Path) -> None:
+    """Raise unless nothing in it is compressed, as torch writes: what unpacks to no more than the file cannot flood."""
+    with zipfile.ZipFile(path) as archive:
+        entries = archive.infolist()
+    if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries) or (
+        sum(entry.file_size for entry in entries) > path.stat().st_size
+    ):
+        raise WeightFileError(
+            f"{path} would unpack to more than its size, which no PyTorch file does, so it is not loaded; "
+            "get the publisher's original file"
+        )
+
+
+def _is_whole(value: object) -> bool:
+    """Whether it is a tensor whose every number is stored, not a large view of a few."""
+    if not isinstance(value, Tensor) or value.layout != torch.strided:
+        return False
+    return value.numel() * value.element_size() <= value.untyped_storage().nbytes()
 
 
 def write_safetensors(path: Path | str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Path:
