@@ -97,7 +97,7 @@ def contact_sheet(
             if r == 0 and column_labels:
                 axes[r][c].set_title(_wrap(column_labels[c], 30), fontsize=7)
     figure.tight_layout()
-    return _pixels(figure)
+    return figure_pixels(figure)
 
 
 def _wrap(text: str, width: int) -> str:
@@ -133,10 +133,11 @@ def reward_curve(
     if batches or evaluations:
         axes.legend(loc="best", fontsize=8)
     figure.tight_layout()
-    return _pixels(figure)
+    return figure_pixels(figure)
 
 
-def _pixels(figure) -> np.ndarray:
+def figure_pixels(figure) -> np.ndarray:
+    """A matplotlib figure as ``[H, W, 3]`` uint8."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
     canvas = FigureCanvasAgg(figure)
