@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
+from .inpaint import fit_image
 from .protocol import Conditioning, ModelSpec
 from .solvers import euler_step, flow_match_sigmas
 from .wan_keys import original_module_name
@@ -171,7 +172,7 @@ class WanModel:
             return {}
         _, t, h, w = latent_shape
         size = (h * self.spec.spatial_stride, w * self.spec.spatial_stride)
-        start, end = (self._fit_image(name, v, batch, size) for name, v in (("start", start), ("end", end)))
+        start, end = (fit_image(name, v, batch, size) for name, v in (("start", start), ("end", end)))
         if start is None and end is None:
             masked = torch.zeros(batch, extra, t, h, w)
         else:
@@ -196,17 +197,6 @@ class WanModel:
             tokens = torch.cat([v.cpu().expand(batch, -1, -1) for v in tokens], dim=1)
             shared["image"] = tokens.to(self.device, self.dtype)
         return shared
-
-    @staticmethod
-    def _fit_image(name: str, image: Tensor | None, batch: int, size: tuple[int, int]) -> Tensor | None:
-        if image is None:
-            return None
-        if image.ndim != 4 or image.shape[1] != 3 or image.shape[0] not in (1, batch):
-            raise ValueError(f"the {name} image must be [1 or {batch}, 3, H, W], got {list(image.shape)}")
-        image = image.detach().float().cpu()
-        if image.shape[-2:] != size:
-            image = F.interpolate(image, size, mode="bicubic", antialias=True)
-        return image.clamp(0, 1)
 
     @torch.no_grad()
     def _embed(self, image: Tensor) -> Tensor:
