@@ -39,6 +39,34 @@ def euler_step(x: Tensor, velocity: Tensor, sigma: Tensor, sigma_next: Tensor) -
 
 
 @dataclass(frozen=True)
+class FlowMatch:
+    """Flow matching with a shifted schedule and Euler steps, asked as :class:`Ddim`.
+
+    Attributes:
+        shift: The model's time shift.
+    """
+
+    shift: float = 1.0
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> FlowMatch:
+        """From the ``scheduler_config.json`` of diffusers' ``FlowMatchEulerDiscreteScheduler``.
+
+        A dynamic shift is taken at ``mu = 1``, that is e, as EasyAnimate's pipelines do.
+        """
+        return cls(math.e if config.get("use_dynamic_shifting") else float(config.get("shift", 1.0)))
+
+    def sigmas(self, steps: int) -> Tensor:
+        return flow_match_sigmas(steps, self.shift)
+
+    def timestep(self, sigma: Tensor) -> Tensor:
+        return sigma * 1000
+
+    def step(self, x: Tensor, prediction: Tensor, sigma: Tensor, sigma_next: Tensor) -> Tensor:
+        return euler_step(x, prediction, sigma, sigma_next)
+
+
+@dataclass(frozen=True)
 class Ddim:
     """Deterministic DDIM (arXiv 2010.02502) over a discrete noise schedule, walking as diffusers' ``DDIMScheduler``.
 
