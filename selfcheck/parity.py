@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
@@ -177,8 +178,11 @@ def compare_gradients(
 
 
 def tolerance(fixture: Fixture, key: str, default: float) -> float:
-    """The fixture's own tolerance under a key, or one for everything, or the default."""
+    """The fixture's own tolerance under a key (or, in a sentence, behind that word), one for everything, or ours."""
     given = fixture.meta.get("tolerance")
+    if isinstance(given, str):
+        found = re.search(rf"\b{re.escape(key)}\D*?([\d.]+e-?\d+)", given)
+        return float(found[1]) if found else default
     if isinstance(given, Mapping):
         return float(given.get(key, default))
     return float(given) if isinstance(given, (int, float)) else default

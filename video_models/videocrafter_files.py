@@ -80,7 +80,7 @@ def load(
     if not 0 <= eta <= 1:
         raise WeightFileError(f"{folder}: eta must lie in 0..1, got {eta}")
     conditioning_fps = options.pop("conditioning_fps", DEFAULT_FPS)
-    spec = dataclasses.replace(_spec(folder.resolve().name, unet, vae, eta), **options)
+    spec = dataclasses.replace(describe(folder.resolve().name, unet, vae, eta), **options)
     return VideoCrafterModel(
         spec,
         unet,
@@ -116,10 +116,11 @@ def _tokenizer() -> Callable[[list[str]], Tensor]:
     return open_clip.SimpleTokenizer(context_length=TEXT_TOKENS)
 
 
-def _spec(name: str, unet: VideoCrafterUNet, vae: nn.Module, eta: float) -> ModelSpec:
+def describe(name: str, unet: VideoCrafterUNet, vae: nn.Module, eta: float) -> ModelSpec:
+    """What the model is and does, from its networks."""
     spatial = 2 ** (len(vae.config.block_out_channels) - 1)
     return ModelSpec(
-        family="videocrafter2",
+        family="videocrafter",
         name=name,
         latent_channels=unet.config.out_channels,
         temporal_stride=1,  # every frame is a latent: any number of them

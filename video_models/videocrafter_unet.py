@@ -6,13 +6,14 @@ misspelt ``temopral_conv``. Paper: arXiv 2401.09047.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
+
+from .embeddings import sinusoids
 
 GROUPS = 32
 INIT_HEADS = 8
@@ -46,14 +47,6 @@ class UNetConfig:
     num_head_channels: int = 64
     transformer_depth: int = 1
     context_dim: int = 1024
-
-
-def timestep_embedding(steps: Tensor, width: int) -> Tensor:
-    """Sinusoids ``[B, width]`` of numbers ``[B]``: cosines first, frequencies ``10000^(-i / (width / 2))``."""
-    half = width // 2
-    frequencies = torch.exp(-math.log(10000) / half * torch.arange(half, dtype=steps.dtype, device=steps.device))
-    angles = steps[:, None] * frequencies
-    return torch.cat([angles.cos(), angles.sin()], dim=1)
 
 
 @dataclass(frozen=True)
@@ -356,8 +349,7 @@ class VideoCrafterUNet(nn.Module):
         wide = torch.promote_types(x.dtype, torch.float32)  # 16 bits cannot tell the timesteps apart
         embedding = 0
         for layers, number in ((self.time_embed, timestep), (self.fps_embedding, fps)):
-            sinusoids = timestep_embedding(number.to(wide), self.config.model_channels)
-            embedding = embedding + layers(sinusoids.to(x.dtype))
+            embedding = embedding + layers(sinusoids(number.to(wide), self.config.model_channels).to(x.dtype))
         condition = Condition(embedding, context, x.shape[2])
         hidden = self._run(self.init_attn, self.input_blocks[0](to_frames(x), condition), condition)
         skips = [hidden]
