@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..files import read_safetensors
-from . import wan
+from . import cogvideox, wan
 from .report import Line
 
 CHECKS: dict[tuple[str, str], Callable[[Fixture], Iterator[Line]]] = {
@@ -23,6 +23,10 @@ CHECKS: dict[tuple[str, str], Callable[[Fixture], Iterator[Line]]] = {
     ("lora", "wan"): wan.check_transformer,
     ("vae", "wan"): wan.check_vae,
     ("train_step", "wan"): wan.check_train_step,
+    ("transformer", "cogvideox"): cogvideox.check_transformer,
+    ("lora", "cogvideox"): cogvideox.check_transformer,
+    ("vae", "cogvideox"): cogvideox.check_vae,
+    ("train_step", "cogvideox"): cogvideox.check_train_step,
 }
 """One function a kind and family, giving a line a part. Another family is another file and its lines here."""
 
