@@ -127,15 +127,8 @@ def check_solver(fixture: Fixture) -> Iterator[Line]:
 
 
 def _tables(io: Mapping[str, Tensor], noise: Diffusion, allowed: float) -> Iterator[Line]:
-    count = len(noise.alphas)
-    ours = {
-        "alphas_cumprod": noise.alphas,
-        "sqrt_alphas_cumprod": noise.alphas.sqrt(),
-        "sqrt_one_minus_alphas_cumprod": noise.levels,
-        "scale_arr": noise.scales,
-    }
-    for name in ours.keys() & io.keys():
-        yield Line(name, "", _largest(ours[name], io[name][:count]), allowed)
+    for name, ours in (("alphas_cumprod", noise.alphas), ("scale_arr", noise.scales)):
+        yield Line(name, "", _largest(ours, io[name][: len(ours)]), allowed)
     for key in sorted(io):
         if not (found := re.fullmatch(r"s(\d+)_eta(\d+)_timesteps", key)):
             continue

@@ -54,7 +54,8 @@ def scaled_diffusion(
     betas = torch.linspace(start**0.5, end**0.5, timesteps, dtype=torch.float64) ** 2
     falling = torch.linspace(scale_start, scale_end, scale_steps, dtype=torch.float64)
     staying = falling.new_full((timesteps,), scale_end)
-    return Diffusion((1 - betas).cumprod(0), torch.cat([falling, staying])[:timesteps])
+    alphas, scales = (1 - betas).cumprod(0), torch.cat([falling, staying])[:timesteps]
+    return Diffusion(alphas.float().double(), scales.float().double())  # the publisher keeps them in float32
 
 
 def ddim_timesteps(diffusion: Diffusion, steps: int) -> list[int]:
