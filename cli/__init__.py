@@ -14,9 +14,11 @@ import tyro
 from ..training.config import TrainConfig
 from ..training.trainer import TrainingStopped
 from ..video_models import BUILTIN
+from .lora import Catalog, Convert, Inspect, Merge
+from .score import Score
 from .shared import read_recipe
 from .train import Demo, Train
-from .use import Generate, Inspect, Score, Selfcheck
+from .use import Generate, Selfcheck
 
 COMMANDS = {
     "demo": Demo,
@@ -24,6 +26,9 @@ COMMANDS = {
     "generate": Generate,
     "score": Score,
     "inspect": Inspect,
+    "convert": Convert,
+    "merge": Merge,
+    "catalog": Catalog,
     "selfcheck": Selfcheck,
 }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,6 +13,7 @@ from ..lora.adapter import LoraUse, check_strength
 from ..lora.files import read_lora
 from ..reward_models import load_reward
 from ..reward_models.protocol import Reward
+from ..reward_models.spelling import parse
 from ..training.prompts import read_prompts
 from ..video_models import BUILTIN
 
@@ -44,11 +46,34 @@ def parse_lora(text: str) -> LoraUse:
     return LoraUse(read_lora(text), 1.0)
 
 
-def find_reward(name: str, path: Path | None, device: str) -> Reward:
-    """A reward of the table, or one of the user's own as ``file.py:NAME`` (a class or an object)."""
+def find_reward(text: str, path: Path | None, device: str, *, download: bool = False) -> Reward:
+    """A reward or a mixture of rewards, as :mod:`..reward_models.spelling` has it.
+
+    Args:
+        text: Names of the table, or of one's own as ``file.py:NAME`` (a class or an object).
+        path: Where the reward's files are; of a mixture, the folder that holds those of all, and an option ``path``
+            of a term is its own.
+        device: Where it computes.
+        download: Fetch files that are missing.
+
+    Raises:
+        ValueError: It is not spelled well, not known, or its files are not there.
+    """
+    spelling = parse(text)
+    shared = path if spelling.single else None
+
+    def load(name: str, options: Mapping[str, str]) -> Reward:
+        own = dict(options)
+        where, search = own.pop("path", shared), [path] if path else []
+        if name.rpartition(":")[0].endswith(".py"):
+            return _reward_of_ones_own(name)
+        return load_reward(name, where, device, options=own, search=search, download=download)
+
+    return spelling.load(load)
+
+
+def _reward_of_ones_own(name: str) -> Reward:
     file, _, attribute = name.rpartition(":")
-    if not file.endswith(".py"):
-        return load_reward(name, path, device)
     if not Path(file).is_file():
         raise ValueError(f"there is no file {file} to take the reward {attribute} from")
     spec = importlib.util.spec_from_file_location("reward_of_ones_own", file)
