@@ -218,7 +218,12 @@ def test_a_known_model_that_is_absent_says_where_to_put_it(tmp_path, name):
     with pytest.raises(WeightFileError, match="alibaba-pai/Wan2.1-Fun-1.3B-InP") as caught:
         load_video_model(name, search=[tmp_path])
     assert str(tmp_path / "Wan2.1-Fun-1.3B-InP") in str(caught.value)
-    assert all(repository.endswith(f"/{key}") for key, repository in BASE_MODELS.items())
+    assert "19 GB" in str(caught.value)
+
+
+def test_base_models_are_listed_by_the_name_of_their_folder():
+    assert all(model.repository.endswith(f"/{name}") for name, model in BASE_MODELS.items())
+    assert all(model.disk >= 1 and model.memory >= 1 and model.files for model in BASE_MODELS.values())
 
 
 def test_importing_the_registry_loads_no_heavy_library():

@@ -7,14 +7,17 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from .base_models import BASE_MODELS, BaseModel
 from .files import WeightFileError, parse_dtype
+from .loading import ModelFiles
 
 if TYPE_CHECKING:
     import torch
 
+    from ..hub import Progress
     from .protocol import VideoModel
 
-__all__ = ["BASE_MODELS", "BUILTIN", "FAMILIES", "WeightFileError", "load_video_model"]
+__all__ = ["BASE_MODELS", "BUILTIN", "FAMILIES", "ModelFiles", "WeightFileError", "load_video_model"]
 
 FAMILIES = ("wan_files", "videocrafter_files", "cogvideox_files")
 """Modules with ``detect(folder) -> bool``, ``load(folder, *, dtype, device, text)`` and ``LAYOUTS``."""
@@ -22,39 +25,30 @@ FAMILIES = ("wan_files", "videocrafter_files", "cogvideox_files")
 BUILTIN = "builtin"
 """The name of the tiny model that comes with the pack."""
 
-BASE_MODELS = {
-    "Wan2.1-Fun-1.3B-InP": "alibaba-pai/Wan2.1-Fun-1.3B-InP",
-    "Wan2.1-Fun-14B-InP": "alibaba-pai/Wan2.1-Fun-14B-InP",
-    "Wan2.1-Fun-V1.1-1.3B-InP": "alibaba-pai/Wan2.1-Fun-V1.1-1.3B-InP",
-    "Wan2.1-Fun-V1.1-14B-InP": "alibaba-pai/Wan2.1-Fun-V1.1-14B-InP",
-    "Wan2.1-T2V-1.3B": "Wan-AI/Wan2.1-T2V-1.3B",
-    "Wan2.1-T2V-14B": "Wan-AI/Wan2.1-T2V-14B",
-    "Wan2.1-I2V-14B-480P": "Wan-AI/Wan2.1-I2V-14B-480P",
-    "Wan2.1-I2V-14B-720P": "Wan-AI/Wan2.1-I2V-14B-720P",
-    "Wan2.1-T2V-1.3B-Diffusers": "Wan-AI/Wan2.1-T2V-1.3B-Diffusers",
-    "Wan2.1-T2V-14B-Diffusers": "Wan-AI/Wan2.1-T2V-14B-Diffusers",
-    "Wan2.1-I2V-14B-480P-Diffusers": "Wan-AI/Wan2.1-I2V-14B-480P-Diffusers",
-    "Wan2.1-I2V-14B-720P-Diffusers": "Wan-AI/Wan2.1-I2V-14B-720P-Diffusers",
-}
-"""Hub identifiers of the base models we know, by the name of their folder."""
+UNFINISHED = ".unfinished-download"
 
 
 def load_video_model(
-    path_or_name: str | Path,
+    source: str | Path | ModelFiles,
     *,
     dtype: str = "auto",
     device: torch.device | str = "cpu",
     text: bool = True,
     search: Sequence[str | Path] = (),
+    download: bool = False,
+    progress: Progress | None = None,
 ) -> VideoModel:
     """Open a video model of any known family.
 
     Args:
-        path_or_name: ``builtin``, a model's folder, or the name (or hub identifier) of one in ``search``.
+        source: ``builtin``, a model's folder, the name (or hub identifier) of one in ``search``, or the single
+            files of a Wan model as ComfyUI keeps them.
         dtype: ``float32``, ``bfloat16``, ``float16``, or ``auto`` for what the family's publisher runs.
         device: Where the networks are put.
         text: Whether to load the text encoder too; without it, embeddings must come from a cache.
         search: Folders in which to look for a model by its name.
+        download: Fetch a known model that is in none of them into the first.
+        progress: Bytes done and in total, of the download; may raise to cancel.
 
     Raises:
         WeightFileError: There is no such model here, no family knows it, or one of its files is bad.
@@ -63,37 +57,59 @@ def load_video_model(
     import torch
 
     chosen = parse_dtype(dtype)
-    folder = _find_folder(str(path_or_name), search)
-    layouts: list[str] = []
-    for module_name in FAMILIES:
-        family = import_module(f".{module_name}", __name__)
-        if family.detect(folder):
-            # Weights made under ComfyUI's inference mode could never carry a gradient.
-            with torch.inference_mode(False):
+    # Weights made under ComfyUI's inference mode could never carry a gradient.
+    with torch.inference_mode(False):
+        if isinstance(source, ModelFiles):
+            from .wan_single import load_files
+
+            return load_files(source, dtype=chosen, device=device, text=text)
+        folder = _find_folder(str(source), search, download, progress)
+        layouts: list[str] = []
+        for module_name in FAMILIES:
+            family = import_module(f".{module_name}", __name__)
+            if family.detect(folder):
                 return family.load(folder, dtype=chosen, device=device, text=text)
-        layouts += family.LAYOUTS
+            layouts += family.LAYOUTS
     raise WeightFileError(f"{folder} is no model we know: looked for {'; '.join(layouts)}")
 
 
-def _find_folder(path_or_name: str, search: Sequence[str | Path]) -> Path:
-    if path_or_name == BUILTIN:
+def _find_folder(wanted: str, search: Sequence[str | Path], download: bool, progress: Progress | None) -> Path:
+    if wanted == BUILTIN:
         folder = Path(__file__).resolve().parent.parent / "assets" / "tiny_wan"
         if not folder.is_dir():
             raise WeightFileError(f"the built-in model is missing from {folder}; install the pack again")
         return folder
-    name = path_or_name.rstrip("/\\").replace("\\", "/").rpartition("/")[2]
-    for folder in (Path(path_or_name), *(Path(root) / part for root in search for part in (path_or_name, name))):
-        if folder.is_dir():
-            return folder
-    if Path(path_or_name).is_file():
-        raise WeightFileError(f"{path_or_name} is a file; give the folder that holds the whole model")
-    repository = BASE_MODELS.get(name)
-    if repository is not None and path_or_name in (name, repository):
-        place = f"{search[0]}/{name}" if search else f"a folder called {name}"
-        looked = f" (looked in {', '.join(map(str, search))})" if search else ""
-        raise WeightFileError(
-            f"{name} is not here yet{looked}; download {repository} from the Hugging Face Hub into {place} "
-            + ("and try again" if search else "and give its path")
-        )
-    known = ", ".join((BUILTIN, *BASE_MODELS))
-    raise WeightFileError(f"there is no folder {path_or_name}; give a model's folder or one of {known}")
+    name = wanted.rstrip("/\\").replace("\\", "/").rpartition("/")[2]
+    known = BASE_MODELS.get(name)
+    published = known is not None and wanted in (name, known.repository)
+    places = [Path(wanted), *(Path(root) / part for root in search for part in (wanted, name))]
+    folder = next((place for place in places if place.is_dir()), None)
+    if folder is not None and not (folder / UNFINISHED).exists():
+        return folder
+    if folder is None and Path(wanted).is_file():
+        raise WeightFileError(f"{wanted} is a file; give the folder that holds the whole model")
+    if not published:
+        names = ", ".join((BUILTIN, *BASE_MODELS))
+        raise WeightFileError(f"there is no folder {wanted}; give a model's folder or one of {names}")
+    target = folder or (Path(search[0]) / name if search else None)
+    if download and target:
+        return _fetch(known, target, progress)
+    state = "is only partly here" if folder else "is not here yet"
+    looked = f" (looked in {', '.join(map(str, search))})" if search else ""
+    place = str(target) if target else f"a folder called {name}, and give its path"
+    raise WeightFileError(
+        f"{name} {state}{looked}; allow the download of about {known.disk} GB, or put the files of {known.address} "
+        f"into {place}"
+    )
+
+
+def _fetch(known: BaseModel, target: Path, progress: Progress | None) -> Path:
+    """Download what the loader reads; a mark in the folder tells a download that was cut off from a whole model."""
+    from ..hub import fetch_repository
+
+    mark = target / UNFINISHED
+    target.mkdir(parents=True, exist_ok=True)
+    mark.touch()
+    fetch_repository(known.repository, target, patterns=known.files, progress=progress)
+    mark.unlink()
+    return target

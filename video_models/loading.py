@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,26 @@ Build = Callable[[Mapping[str, Any]], nn.Module]
 
 Loader = Callable[["torch.dtype | None", "torch.device | str"], nn.Module]
 """Loads one part of a model, frozen and in eval mode; dtype None chooses by size."""
+
+
+@dataclass(frozen=True)
+class ModelFiles:
+    """A Wan model as single files, as ComfyUI keeps them.
+
+    Attributes:
+        diffusion: Of ``models/diffusion_models``: the network, or with two experts the one for high noise.
+        text: Of ``models/text_encoders``: UMT5 with its tokenizer inside (``spiece_model``).
+        vae: Of ``models/vae``.
+        diffusion_low: The expert for low noise, of a model with two.
+        clip_vision: Of ``models/clip_vision``, for Wan2.1 image-to-video.
+    """
+
+    diffusion: Path
+    text: Path
+    vae: Path
+    diffusion_low: Path | None = None
+    clip_vision: Path | None = None
+
 
 OPTIONS_FILE = "reward_lora.json"
 
@@ -98,7 +119,7 @@ def materialise(
 
 
 def fit_names(tensors: Mapping[str, Tensor], module: nn.Module) -> dict[str, Tensor]:
-    """Follow transformers' releases: with or without ``vision_model.`` or ``text_model.``, tied weights once or twice."""
+    """Follow transformers' releases: with or without ``vision_model.``, ``text_model.``; tied weights once or twice."""
     expected = module.state_dict().keys()
     fitted = dict(tensors)
     for prefix in ("vision_model.", "text_model."):

@@ -1,0 +1,81 @@
+"""The published base models: where they lie on the Hugging Face Hub, what of them is read, and what they need."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+DIFFUSERS_FILES = (
+    "model_index.json",
+    "scheduler/*.json",
+    "tokenizer*/*",
+    *(f"{part}/*.json" for part in ("transformer*", "text_encoder*", "vae", "image_encoder")),
+    *(f"{part}/*.safetensors*" for part in ("transformer*", "text_encoder*", "vae", "image_encoder")),
+)
+"""Patterns of the files a diffusers folder is loaded from."""
+
+WAN_FILES = (
+    "config.json",
+    "diffusion_pytorch_model*",
+    *(f"{expert}_noise_model/*" for expert in ("high", "low")),
+    "models_t5_umt5-xxl-enc-bf16.*",
+    "models_clip_*",
+    "Wan2.*_VAE.*",
+    "google/umt5-xxl/*",
+)
+"""Patterns of the files Wan's own folder is loaded from."""
+
+
+@dataclass(frozen=True)
+class BaseModel:
+    """One published model.
+
+    Attributes:
+        repository: On the Hugging Face Hub.
+        family: Under what it is listed.
+        disk: Gigabytes of its files, about.
+        memory: Gigabytes of its largest network in 16 bits: what the GPU must hold at least while it works.
+        files: Patterns of the files that are read, and so downloaded.
+        licence: Of the weights.
+    """
+
+    repository: str
+    family: str
+    disk: int
+    memory: int
+    files: tuple[str, ...] = DIFFUSERS_FILES
+    licence: str = "Apache-2.0"
+
+    @property
+    def address(self) -> str:
+        return f"https://huggingface.co/{self.repository}"
+
+
+def _wan(owner: str, name: str, disk: int, memory: int) -> tuple[str, BaseModel]:
+    files = DIFFUSERS_FILES if name.endswith("-Diffusers") else WAN_FILES
+    return name, BaseModel(f"{owner}/{name}", name[:6], disk, memory, files)
+
+
+BASE_MODELS: dict[str, BaseModel] = dict(
+    [
+        _wan("alibaba-pai", "Wan2.1-Fun-1.3B-InP", 19, 12),
+        _wan("alibaba-pai", "Wan2.1-Fun-14B-InP", 47, 33),
+        _wan("alibaba-pai", "Wan2.1-Fun-V1.1-1.3B-InP", 19, 12),
+        _wan("alibaba-pai", "Wan2.1-Fun-V1.1-14B-InP", 47, 33),
+        _wan("Wan-AI", "Wan2.1-T2V-1.3B", 18, 12),
+        _wan("Wan-AI", "Wan2.1-T2V-14B", 69, 29),
+        _wan("Wan-AI", "Wan2.1-I2V-14B-480P", 82, 33),
+        _wan("Wan-AI", "Wan2.1-I2V-14B-720P", 82, 33),
+        _wan("Wan-AI", "Wan2.1-T2V-1.3B-Diffusers", 29, 12),
+        _wan("Wan-AI", "Wan2.1-T2V-14B-Diffusers", 80, 29),
+        _wan("Wan-AI", "Wan2.1-I2V-14B-480P-Diffusers", 91, 33),
+        _wan("Wan-AI", "Wan2.1-I2V-14B-720P-Diffusers", 91, 33),
+        _wan("alibaba-pai", "Wan2.2-Fun-A14B-InP", 64, 29),
+        _wan("Wan-AI", "Wan2.2-T2V-A14B", 126, 29),
+        _wan("Wan-AI", "Wan2.2-I2V-A14B", 126, 29),
+        _wan("Wan-AI", "Wan2.2-TI2V-5B", 34, 12),
+        _wan("Wan-AI", "Wan2.2-T2V-A14B-Diffusers", 126, 29),
+        _wan("Wan-AI", "Wan2.2-I2V-A14B-Diffusers", 126, 29),
+        _wan("Wan-AI", "Wan2.2-TI2V-5B-Diffusers", 34, 12),
+    ]
+)
+"""By the name of their folder."""
