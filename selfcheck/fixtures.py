@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..files import read_safetensors
-from . import cogvideox, videocrafter, wan
+from . import cogvideox, easyanimate, videocrafter, wan
 from .report import Line
 
 CHECKS: dict[tuple[str, str], Callable[[Fixture], Iterator[Line]]] = {
@@ -27,6 +27,8 @@ CHECKS: dict[tuple[str, str], Callable[[Fixture], Iterator[Line]]] = {
     ("lora", "cogvideox"): cogvideox.check_transformer,
     ("vae", "cogvideox"): cogvideox.check_vae,
     ("train_step", "cogvideox"): cogvideox.check_train_step,
+    ("transformer", "easyanimate"): easyanimate.check_transformer,
+    ("lora", "easyanimate"): easyanimate.check_transformer,
     ("transformer", "videocrafter2"): videocrafter.check_unet,
     ("lora", "videocrafter2"): videocrafter.check_lora,
     ("solver", "videocrafter2"): videocrafter.check_solver,

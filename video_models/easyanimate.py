@@ -1,0 +1,218 @@
+"""EasyAnimate V5 and V5.1, text to video and InP (start and end image), on diffusers' classes.
+
+Sources: aigc-apps/EasyAnimate (arXiv 2405.18991), ``easyanimate/pipeline/pipeline_easyanimate_inpaint.py``. V5 has
+two text encoders and DDIM with v-prediction, V5.1 one and flow matching; the transformer and the VAE are alike.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .easyanimate_keys import original_module_name
+from .easyanimate_text import pack, unpack
+from .inpaint import REFERENCE_NOISE, fit_image, inpaint_latents
+from .protocol import Conditioning, ModelSpec
+from .rotary import rotary_tables
+from .solvers import Ddim, FlowMatch
+
+BASE_LATENTS = (60, 90)
+"""Latent height and width the positions are counted on, whatever ``sample_height`` and ``sample_width`` say."""
+
+
+class Rotary(nn.Module):
+    """Stands in for diffusers' ``rope_embedding``, whose tables differ from those the model was trained with."""
+
+    def __init__(self, patch_size: int, head_dim: int) -> None:
+        super().__init__()
+        self._patch, self._head_dim = patch_size, head_dim
+
+    def forward(self, latents: Tensor) -> tuple[Tensor, Tensor]:
+        """Tables for latents ``[B, C, t, h, w]``."""
+        t, h, w = latents.shape[2:]
+        base = (BASE_LATENTS[0] // self._patch, BASE_LATENTS[1] // self._patch)
+        return rotary_tables(self._head_dim, (t, h // self._patch, w // self._patch), base, latents.device)
+
+
+@dataclass(frozen=True)
+class TextTower:
+    """One text encoder.
+
+    Attributes:
+        tokens: Every prompt is padded or cut to this many.
+        encode: From encoder, tokenizer, prompt and ``tokens`` to ``[tokens, D]``.
+        encoder, tokenizer: None when embeddings come from a cache.
+    """
+
+    tokens: int
+    encode: Callable[[nn.Module, Any, str, int], Tensor]
+    encoder: nn.Module | None = None
+    tokenizer: Any = None
+
+
+class EasyAnimateModel:
+    """An EasyAnimate V5 or V5.1 model. See :class:`.protocol.VideoModel` for every method.
+
+    A prompt's embedding is one tensor also where two encoders made it: V5's is ``[77 + 256, 2048]``, Bert's tokens
+    first and filled up with zeros on the right, so that it goes through the embedding cache as any other;
+    :meth:`conditioning` takes it apart.
+
+    Args:
+        spec: Facts about the model.
+        transformer: ``EasyAnimateTransformer3DModel``; its rotary tables are replaced by :class:`Rotary`.
+        vae: ``AutoencoderKLMagvit``.
+        towers: Bert and T5 (V5), or Qwen2-VL (V5.1).
+        solver: DDIM (V5) or flow matching (V5.1).
+        fingerprint: What identifies the text encoders' weights.
+    """
+
+    def __init__(
+        self,
+        spec: ModelSpec,
+        transformer: nn.Module,
+        vae: nn.Module,
+        towers: Sequence[TextTower],
+        solver: Ddim | FlowMatch,
+        fingerprint: str = "",
+    ) -> None:
+        self.spec = spec
+        self.denoisers = {"transformer": transformer}
+        self.vae = vae
+        self._towers, self._solver, self._fingerprint = tuple(towers), solver, fingerprint
+        config = transformer.config
+        transformer.rope_embedding = Rotary(config.patch_size, config.attention_head_dim)
+        self._widths = [width for width in (config.text_embed_dim, config.text_embed_dim_t5) if width]
+        if len(self._widths) != len(self._towers):
+            raise ValueError(
+                f"{spec.name}'s transformer takes {len(self._widths)} text encoders, got {len(self._towers)}; "
+                "V5 has Bert and T5, V5.1 has Qwen2-VL"
+            )
+        for module in (transformer, vae, *(tower.encoder for tower in self._towers)):
+            if module is not None:
+                module.eval().requires_grad_(False)
+
+    @property
+    def transformer(self) -> nn.Module:
+        return self.denoisers["transformer"]
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.transformer.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.transformer.proj.weight.dtype
+
+    def lora_names(self, expert: str) -> dict[str, str]:
+        linear = (name for name, module in self.denoisers[expert].named_modules() if isinstance(module, nn.Linear))
+        # In an injected adapter the layer itself is called base_layer, and the adapter's own matrices lora_A, lora_B.
+        names = (name.removesuffix(".base_layer") for name in linear if ".lora_" not in name)
+        return {name: original_module_name(name) for name in names}
+
+    def text_fingerprint(self) -> str:
+        return hashlib.sha256(f"easyanimate:{self._fingerprint}".encode()).hexdigest()[:16]
+
+    @torch.no_grad()
+    def encode_text(self, prompts: Sequence[str]) -> list[Tensor]:
+        """One embedding a prompt, padded to the full number of tokens: the transformer looks at all of them."""
+        if any(tower.encoder is None for tower in self._towers):
+            raise RuntimeError(f"{self.spec.name} was loaded without its text encoder; load it with text=True")
+        return [
+            pack([tower.encode(tower.encoder, tower.tokenizer, prompt, tower.tokens) for tower in self._towers])
+            for prompt in prompts
+        ]
+
+    def conditioning(
+        self,
+        positive: Sequence[Tensor],
+        negative: Sequence[Tensor] | None,
+        latent_shape: Sequence[int],
+        *,
+        start_image: Tensor | None = None,
+        end_image: Tensor | None = None,
+    ) -> Conditioning:
+        batch = len(positive)
+        if negative is not None and len(negative) != batch:
+            raise ValueError(f"{batch} positive prompts need as many negative ones, got {len(negative)}")
+        shared = self._image_conditioning(batch, latent_shape, start_image, end_image)
+
+        def branch(texts: Sequence[Tensor]) -> dict[str, Tensor]:
+            packed = torch.stack(list(texts)).to(self.device, self.dtype)
+            parts = unpack(packed, [tower.tokens for tower in self._towers], self._widths)
+            return {**dict(zip(("text", "text_t5"), parts, strict=False)), **shared}
+
+        return Conditioning(branch(positive), None if negative is None else branch(negative))
+
+    def _image_conditioning(
+        self, batch: int, latent_shape: Sequence[int], start: Tensor | None, end: Tensor | None
+    ) -> dict[str, Tensor]:
+        if not self.spec.image_to_video:
+            if start is not None or end is not None:
+                raise ValueError(f"{self.spec.name} is a text-to-video model and takes no start or end image")
+            return {}
+        stride = self.spec.spatial_stride
+        size = (latent_shape[2] * stride, latent_shape[3] * stride)
+        start, end = (fit_image(name, image, batch, size) for name, image in (("start", start), ("end", end)))
+        latents = inpaint_latents(
+            self.encode,
+            start,
+            end,
+            frames=(latent_shape[1] - 1) * self.spec.temporal_stride + 1,
+            latent_shape=latent_shape,
+            factor=self.vae.config.scaling_factor,
+            noise=REFERENCE_NOISE if self.transformer.config.add_noise_in_inpaint_model else 0.0,
+        )
+        return {"latents": latents.expand(batch, -1, -1, -1, -1).to(self.device, self.dtype)}
+
+    def initial_latents(self, latent_shape: Sequence[int], seeds: Sequence[int]) -> Tensor:
+        noise = [torch.randn(tuple(latent_shape), generator=torch.Generator().manual_seed(seed)) for seed in seeds]
+        return torch.stack(noise).to(self.device)
+
+    def sigmas(self, steps: int) -> Tensor:
+        return self._solver.sigmas(steps)
+
+    def predict(self, x: Tensor, sigma: Tensor, branch: Mapping[str, Tensor]) -> Tensor:
+        timestep = self._solver.timestep(sigma).to(x.device, torch.float32)
+        output = self.transformer(
+            hidden_states=x.to(self.dtype),
+            timestep=timestep.expand(x.shape[0]),
+            encoder_hidden_states=branch["text"],
+            encoder_hidden_states_t5=branch.get("text_t5"),
+            inpaint_latents=branch.get("latents"),
+            return_dict=False,
+        )[0]
+        return output.to(x.dtype)
+
+    def step(
+        self, x: Tensor, prediction: Tensor, sigma: Tensor, sigma_next: Tensor, noise: Tensor | None = None
+    ) -> Tensor:
+        return self._solver.step(x, prediction, sigma, sigma_next)
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """One latent frame at a time behind the first, each with the features before it, as published."""
+        parameter = next(self.vae.parameters())
+        scaled = latents.to(parameter.device, parameter.dtype) / self.vae.config.scaling_factor
+        pixels = self.vae.decode(scaled, return_dict=False)[0]
+        return (pixels.to(latents.dtype) / 2 + 0.5).clamp(0, 1)
+
+    @torch.no_grad()
+    def encode(self, frames: Tensor) -> Tensor:
+        """Scaled latents (the distribution's mean) of ``[B, 3, T, H, W]`` in -1..1."""
+        parameter = next(self.vae.parameters())
+        latents = self.vae.encode(frames.to(parameter.device, parameter.dtype)).latent_dist.mode()
+        return latents.to(torch.promote_types(latents.dtype, torch.float32)) * self.vae.config.scaling_factor
+
+    def to(self, device: torch.device | str, *parts: str) -> None:
+        encoders = [tower.encoder for tower in self._towers if tower.encoder is not None]
+        modules = {"text": encoders, "denoiser": [self.transformer], "vae": [self.vae]}
+        unknown = set(parts) - set(modules)
+        if unknown:
+            raise ValueError(f"unknown parts {sorted(unknown)}; allowed are {sorted(modules)}")
+        for part in parts or modules:
+            for module in modules[part]:
+                module.to(device)
