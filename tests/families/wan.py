@@ -146,7 +146,8 @@ def fill(shapes: Mapping[str, tuple[int, ...]], seed: int, scale: float = 0.2) -
     """Random tensors; what multiplies (norms' weights) lies around 1."""
     generator = torch.Generator().manual_seed(seed)
     tensors = {name: torch.randn(shape, generator=generator) * scale for name, shape in shapes.items()}
-    one = [name for name in tensors if name.endswith(".gamma") or ("norm" in name and name.endswith(".weight"))]
+    norms = {name for name, v in tensors.items() if "norm" in name and name.endswith("weight") and v.dim() == 1}
+    one = [name for name in tensors if name in norms or name.endswith(".gamma")]
     return tensors | {name: tensors[name] + 1 for name in one}
 
 
