@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -41,8 +42,8 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def find_weights(folder: Path, stem: str) -> Path | None:
-    """The weights called ``stem`` in a folder: a sharded index, safetensors or ``.pth``, in this order."""
-    for suffix in (".safetensors.index.json", ".safetensors", ".pth"):
+    """The weights called ``stem`` in a folder: sharded or whole safetensors, or a pickle, in this order."""
+    for suffix in (".safetensors.index.json", ".safetensors", ".pth", ".bin.index.json", ".bin"):
         path = folder / (stem + suffix)
         if path.exists():
             return path
@@ -53,8 +54,8 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     """Tensors of one file by name, mapped from disk: memory is used when a tensor is.
 
     Args:
-        path: A ``.safetensors`` file, a ``.safetensors.index.json`` naming its shards, or a ``.pth`` that
-            holds nothing but tensors.
+        path: A ``.safetensors`` file, a pickle that holds nothing but tensors, or the ``.index.json`` that names
+            the shards of either.
 
     Raises:
         WeightFileError: The file is missing, truncated, not what its name says, or would run code.
@@ -65,7 +66,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
             raise WeightFileError(f"{path} has no weight_map of file names in its own folder; download it again")
         tensors: dict[str, Tensor] = {}
         for shard in sorted(set(shards.values())):
-            tensors.update(_checked(path.parent / shard, read_safetensors(path.parent / shard)[0]))
+            tensors.update(read_weights(path.parent / shard))
         return tensors
     tensors = read_safetensors(path)[0] if path.suffix == ".safetensors" else read_pickle(path)
     return _checked(path, tensors)
@@ -127,6 +128,12 @@ def load_weights(
         raise WeightFileError(f"{source} leaves {_first_few(unset)} of {kind} without a value")
 
 
+def count_numbered(tensors: Mapping[str, Tensor], before: str) -> int:
+    """How many numbers, counted from 0, follow ``before`` in the names: blocks of a kind, for example."""
+    pattern = re.compile(re.escape(before) + r"(\d+)\.")
+    return max((int(match[1]) for name in tensors if (match := pattern.match(name))), default=-1) + 1
+
+
 def parameter_count(tensors: Mapping[str, Tensor]) -> int:
     """Number of values in all tensors."""
     return sum(tensor.numel() for tensor in tensors.values())
@@ -146,7 +153,7 @@ def fingerprint(paths: Iterable[Path]) -> str:
 
 
 def _is_file_name(name: Any) -> bool:
-    return isinstance(name, str) and name.endswith(".safetensors") and Path(name).name == name
+    return isinstance(name, str) and name.endswith((".safetensors", ".bin")) and Path(name).name == name
 
 
 def _first_few(names: Collection[str]) -> str:

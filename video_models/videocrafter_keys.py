@@ -13,6 +13,7 @@ from typing import Any
 
 from torch import Tensor
 
+from .files import count_numbered
 from .videocrafter_unet import INIT_HEADS, UNetConfig
 
 PARTS = {
@@ -44,13 +45,6 @@ def part_of(tensors: Mapping[str, Tensor], part: str) -> dict[str, Tensor]:
     return {name[len(prefix) :]: tensor for name, tensor in tensors.items() if name.startswith(prefix)}
 
 
-def _count(tensors: Mapping[str, Tensor], before: str) -> int:
-    """How many numbers follow ``before`` in the names, counted from 0."""
-    pattern = re.compile(re.escape(before) + r"(\d+)\.")
-    found = {int(match[1]) for name in tensors if (match := pattern.match(name))}
-    return max(found, default=-1) + 1
-
-
 def unet_config(tensors: Mapping[str, Tensor]) -> UNetConfig:
     """The UNet's sizes as its names and shapes tell them.
 
@@ -60,7 +54,7 @@ def unet_config(tensors: Mapping[str, Tensor]) -> UNetConfig:
     first = tensors["input_blocks.0.0.weight"]
     base = first.shape[0]
     levels: list[list[str]] = [[]]  # the residual blocks of each
-    for index in range(1, _count(tensors, "input_blocks.")):
+    for index in range(1, count_numbered(tensors, "input_blocks.")):
         block = f"input_blocks.{index}"
         if f"{block}.0.op.weight" in tensors:
             levels.append([])
@@ -77,7 +71,7 @@ def unet_config(tensors: Mapping[str, Tensor]) -> UNetConfig:
             2**level for level, blocks in enumerate(levels) if f"{blocks[0]}.1.norm.weight" in tensors
         ),
         num_head_channels=tensors["init_attn.0.proj_in.weight"].shape[0] // INIT_HEADS,
-        transformer_depth=_count(tensors, transformer),
+        transformer_depth=count_numbered(tensors, transformer),
         context_dim=tensors[f"{transformer}0.attn2.to_k.weight"].shape[1],
     )
 
@@ -97,7 +91,7 @@ def published_unet_config(options: Mapping[str, Any]) -> UNetConfig:
 
 def vae_config(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
     """Arguments of ``AutoencoderKL``."""
-    levels = _count(tensors, "encoder.down.")
+    levels = count_numbered(tensors, "encoder.down.")
     widths = [tensors[f"encoder.down.{level}.block.0.conv1.weight"].shape[0] for level in range(levels)]
     return {
         "in_channels": tensors["encoder.conv_in.weight"].shape[1],
@@ -105,14 +99,14 @@ def vae_config(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
         "down_block_types": ["DownEncoderBlock2D"] * levels,
         "up_block_types": ["UpDecoderBlock2D"] * levels,
         "block_out_channels": widths,
-        "layers_per_block": _count(tensors, "encoder.down.0.block."),
+        "layers_per_block": count_numbered(tensors, "encoder.down.0.block."),
         "latent_channels": tensors["decoder.conv_in.weight"].shape[1],
     }
 
 
 def convert_vae(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """``AutoencoderKL``'s names; the attention's 1x1 convolutions become linear layers, a training loss is dropped."""
-    levels = _count(tensors, "decoder.up.")
+    levels = count_numbered(tensors, "decoder.up.")
     renames = (
         (r"encoder\.down\.(\d+)\.block\.", r"encoder.down_blocks.\1.resnets."),
         (r"encoder\.down\.(\d+)\.downsample\.", r"encoder.down_blocks.\1.downsamplers.0."),
@@ -146,7 +140,7 @@ def text_config(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
         "vocab_size": tokens,
         "hidden_size": width,
         "intermediate_size": tensors["transformer.resblocks.0.mlp.c_fc.weight"].shape[0],
-        "num_hidden_layers": _count(tensors, "transformer.resblocks.") - 1,
+        "num_hidden_layers": count_numbered(tensors, "transformer.resblocks.") - 1,
         "num_attention_heads": max(1, width // TEXT_HEAD),
         "max_position_embeddings": tensors["positional_embedding"].shape[0],
         "hidden_act": "gelu",
@@ -158,7 +152,7 @@ def text_config(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
 
 def convert_text(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """``CLIPTextModel``'s names; the last block and what leads to a sentence's one vector are dropped."""
-    last = _count(tensors, "transformer.resblocks.") - 1
+    last = count_numbered(tensors, "transformer.resblocks.") - 1
     plain = {
         "token_embedding.weight": "embeddings.token_embedding.weight",
         "positional_embedding": "embeddings.position_embedding.weight",
