@@ -178,7 +178,8 @@ def text_files(weights: Path | None, tokenizer: Path) -> tuple[Path, ...]:
     """Every file that decides what a text encoder answers: its weights, their shards, and the vocabulary."""
     if weights is None:
         return ()
-    shards = sorted(weights.parent.glob("*.safetensors")) if weights.name.endswith(".index.json") else []
+    kind = weights.name.removesuffix(".index.json").rpartition(".")[2]
+    shards = sorted(weights.parent.glob(f"*.{kind}")) if weights.name.endswith(".index.json") else []
     vocabulary = [path for path in sorted(tokenizer.glob("*")) if path.suffix in (".json", ".model", ".txt")]
     return (weights, *shards, *vocabulary)
 
