@@ -15,14 +15,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .images import fit_image
+from .images import fit_image, masked_latents
 from .protocol import Conditioning, ModelSpec
 from .rotary import rotary_tables
 from .solvers import Ddim
 from .wan import float64_throughout
-
-IMAGE_NOISE = 0.0563
-"""Standard deviation of the noise on given pixels, for InP models that were trained with noise there (V1.1)."""
 
 
 @dataclass(frozen=True)
@@ -160,36 +157,15 @@ class CogVideoXModel:
             return {}
         size = (h * self.spec.spatial_stride, w * self.spec.spatial_stride)
         start, end = (fit_image(name, v, batch, size) for name, v in (("start", start), ("end", end)))
-        if start is None and end is None:
+        if extra != c:
+            frames, factor = (t - 1) * self.spec.temporal_stride + 1, self.vae.config.scaling_factor
+            noise = getattr(config, "add_noise_in_inpaint_model", False)
+            given = masked_latents(self.encode, start, end, frames, latent_shape, factor, noise)
+        elif start is None:
             given = torch.zeros(1, extra, t, h, w)
-        elif extra == c:
-            given = F.pad(self.encode((start * 2 - 1)[:, :, None]).cpu(), (0, 0, 0, 0, 0, t - 1))
         else:
-            given = self._masked_latents(latent_shape, size, start, end)
+            given = F.pad(self.encode((start * 2 - 1)[:, :, None]).cpu(), (0, 0, 0, 0, 0, t - 1))
         return {"latents": given.expand(batch, -1, -1, -1, -1).to(self.device, self.dtype)}
-
-    def _masked_latents(
-        self, latent_shape: Sequence[int], size: tuple[int, int], start: Tensor | None, end: Tensor | None
-    ) -> Tensor:
-        """Mask (1 channel) and masked latents of an InP model."""
-        _, t, h, w = latent_shape
-        frames = (t - 1) * self.spec.temporal_stride + 1
-        images = [(image, index) for image, index in ((start, 0), (end, frames - 1)) if image is not None]
-        video = torch.full((max(len(image) for image, _ in images), 3, frames, *size), -1.0)
-        mask = torch.zeros(1, 1, frames, 1, 1)
-        noise = torch.Generator().manual_seed(0)  # an image conditions in the same way every time
-        for image, index in images:
-            pixels = image * 2 - 1
-            if getattr(self.transformer.config, "add_noise_in_inpaint_model", False):
-                noisy = pixels + IMAGE_NOISE * torch.randn(pixels.shape, generator=noise)
-                pixels = torch.where(pixels == -1, pixels, noisy)
-            video[:, :, index], mask[:, :, index] = pixels, 1
-        if t > 1:
-            later = F.interpolate(mask[:, :, 1:], (t - 1, 1, 1), mode="trilinear")
-            mask = torch.cat([mask[:, :, :1], later], dim=2)
-        latents = self.encode(video).cpu()
-        mask = mask * self.vae.config.scaling_factor
-        return torch.cat([mask.expand(len(latents), -1, -1, h, w), latents], dim=1)
 
     def initial_latents(self, latent_shape: Sequence[int], seeds: Sequence[int]) -> Tensor:
         noise = [torch.randn(tuple(latent_shape), generator=torch.Generator().manual_seed(seed)) for seed in seeds]

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from .easyanimate_keys import original_module_name
 from .easyanimate_text import pack, unpack
-from .inpaint import REFERENCE_NOISE, fit_image, inpaint_latents
+from .images import fit_image, masked_latents
 from .protocol import Conditioning, ModelSpec
 from .rotary import rotary_tables
 from .solvers import Ddim, FlowMatch
@@ -158,15 +158,9 @@ class EasyAnimateModel:
         stride = self.spec.spatial_stride
         size = (latent_shape[2] * stride, latent_shape[3] * stride)
         start, end = (fit_image(name, image, batch, size) for name, image in (("start", start), ("end", end)))
-        latents = inpaint_latents(
-            self.encode,
-            start,
-            end,
-            frames=(latent_shape[1] - 1) * self.spec.temporal_stride + 1,
-            latent_shape=latent_shape,
-            factor=self.vae.config.scaling_factor,
-            noise=REFERENCE_NOISE if self.transformer.config.add_noise_in_inpaint_model else 0.0,
-        )
+        frames, factor = (latent_shape[1] - 1) * self.spec.temporal_stride + 1, self.vae.config.scaling_factor
+        noise = self.transformer.config.add_noise_in_inpaint_model
+        latents = masked_latents(self.encode, start, end, frames, latent_shape, factor, noise)
         return {"latents": latents.expand(batch, -1, -1, -1, -1).to(self.device, self.dtype)}
 
     def initial_latents(self, latent_shape: Sequence[int], seeds: Sequence[int]) -> Tensor:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from .inpaint import fit_image
+from .images import fit_image
 from .protocol import Conditioning, ModelSpec
 from .solvers import euler_step, flow_match_sigmas
 from .wan_keys import original_module_name
