@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -32,18 +33,29 @@ def pick_device(name: str) -> str:
     return name
 
 
+LORA_SPELLING = re.compile(r"(?P<path>.+?)(?::(?P<strength>[^:@/\\]*))?(?:@(?P<where>[^:@/\\]*))?")
+
+
 def parse_lora(text: str) -> LoraUse:
-    """``path`` or ``path:strength``."""
-    path, _, strength = text.rpartition(":")
-    if path:
-        try:
-            return LoraUse(read_lora(path), check_strength(float(strength)))
-        except ValueError as error:
-            if Path(path).exists():  # otherwise the colon was part of the path
-                if "could not convert" in str(error):
-                    raise ValueError(f"--lora takes PATH or PATH:STRENGTH, got {text}") from None
-                raise
-    return LoraUse(read_lora(text), 1.0)
+    """``PATH``, ``PATH:STRENGTH``, or either with where it acts behind an ``@``.
+
+    That is an expert of the model, a part of the walk from noise to video, or both: ``lora.safetensors:0.7@low_noise``,
+    ``lora.safetensors:0.7@0.5-1``, ``lora.safetensors@low_noise,0.5-1``.
+    """
+    if Path(text).exists():  # also with a colon in its name
+        return LoraUse(read_lora(text), 1.0)
+    found = LORA_SPELLING.fullmatch(text)
+    if found is None or not Path(found["path"]).exists():
+        return LoraUse(read_lora(text), 1.0)  # says what is missing
+    where = {}
+    for part in filter(None, (found["where"] or "").split(",")):
+        window = re.fullmatch(r"([\d.]+)-([\d.]+)", part)
+        where |= {"start": float(window[1]), "end": float(window[2])} if window else {"expert": part}
+    try:
+        strength = float(found["strength"] or 1)
+    except ValueError:
+        raise ValueError(f"--lora takes PATH or PATH:STRENGTH, got {text}") from None
+    return LoraUse(read_lora(found["path"]), check_strength(strength), **where)
 
 
 def find_reward(text: str, path: Path | None, device: str, *, download: bool = False) -> Reward:

@@ -1,18 +1,16 @@
-"""Using models, rewards and LoRAs from the command line."""
+"""Using models and LoRAs from the command line."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-from tyro.conf import Positional, UseAppendAction
+from tyro.conf import UseAppendAction
 
-from ..lora.adapter import applied, linear_shapes
-from ..lora.files import match, read_lora
+from ..lora.adapter import applied
 from ..training.prompts import read_prompts
 from ..video_models import BUILTIN, load_video_model
-from .shared import DType, find_reward, parse_lora, pick_device
+from .shared import DType, parse_lora, pick_device
 
 
 @dataclass
@@ -86,72 +84,6 @@ class Generate:
                 )
                 path = self.output_dir / f"video-{index:03d}-seed-{self.seed + index}.mp4"
                 print(write_video(path, frames[0], model.spec.fps), "|", prompt)
-        return 0
-
-
-@dataclass
-class Score:
-    """Score videos or pictures with a reward.
-
-    Attributes:
-        files: Videos or pictures.
-        prompt: What they should show; one for all, or one a file.
-        reward: A name, or your own as `file.py:NAME`.
-        reward_path: Folder of the reward model's files.
-        device: `auto`, `cpu`, `cuda`, `cuda:1`.
-    """
-
-    files: Positional[tuple[Path, ...]]
-    prompt: UseAppendAction[tuple[str, ...]] = ()
-    reward: str = "tiny_clip"
-    reward_path: Path | None = None
-    device: str = "auto"
-
-    def run(self) -> int:
-        from ..training.media import read_video
-
-        if not self.files:
-            raise ValueError("give at least one video or picture")
-        reward = find_reward(self.reward, self.reward_path, pick_device(self.device))
-        prompts = list(self.prompt) or [""]
-        if len(prompts) == 1:
-            prompts *= len(self.files)
-        if len(prompts) != len(self.files):
-            raise ValueError(f"give one --prompt, or one a file: {len(self.files)} files, {len(prompts)} prompts")
-        if "prompt" in reward.needs and not self.prompt:
-            raise ValueError(f'the reward {reward.name} needs --prompt "..."')
-        for path, prompt in zip(self.files, prompts, strict=True):
-            with torch.no_grad():
-                value = reward.score(read_video(path)[None], [prompt])
-            print(f"{float(value):.6f}  {path}")
-        return 0
-
-
-@dataclass
-class Inspect:
-    """Say what is in a LoRA file and, given a model, whether it fits.
-
-    Attributes:
-        file: The LoRA.
-        model: A folder with a video model, or `builtin`; nothing skips the comparison.
-    """
-
-    file: Positional[Path]
-    model: str = ""
-
-    def run(self) -> int:
-        lora = read_lora(self.file)
-        scales = sorted({module.alpha / module.rank for module in lora.modules.values()})
-        print(f"modules: {len(lora.modules)}\nkeys begin with: {lora.prefix or 'the module names'}")
-        print(f"ranks: {', '.join(map(str, lora.ranks))}\nalpha / rank: {', '.join(f'{s:g}' for s in scales)}")
-        for key, value in sorted(lora.metadata.items()):
-            print(f"{key}: {value}")
-        if lora.other_keys:
-            print(f"other keys: {len(lora.other_keys)}, such as {lora.other_keys[0]}")
-        if self.model:
-            model = load_video_model(self.model, text=False)
-            for expert, network in model.denoisers.items():
-                print(match(lora, model.lora_names(expert), linear_shapes(network)).report())
         return 0
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from .names import bare_names
@@ -14,7 +14,7 @@ _FAMILIES = (  # the first whose pattern is found in a module's name, its dots a
     ("VideoCrafter2", r"^(?:input_blocks|middle_block|output_blocks|init_attn)_"),
     ("ModelScope", r"^(?:down_blocks|up_blocks|mid_block|transformer_in)_"),
     ("Wan", r"^blocks_\d+_(?:self_attn|cross_attn|ffn|attn[12])_"),
-    ("EasyAnimate", r"^transformer_blocks_\d+_attn2_|^(?:text_proj|text_proj_t5)$"),
+    ("EasyAnimate", r"^transformer_blocks_\d+_(?:attn2|attn1_add)_|^(?:text_proj|text_proj_t5)$"),
     ("CogVideoX", r"^transformer_blocks_\d+_(?:norm1_linear|attn1)_?|^patch_embed_text_proj$"),
 )
 _WAN_SIZES = {1536: "1.3B", 5120: "14B", 3072: "2.2 TI2V-5B"}
@@ -39,8 +39,8 @@ def guess_base(lora: LoraFile) -> Guess:
     for key in ("base_model", "modelspec.architecture", "ss_base_model_version"):
         if lora.metadata.get(key):
             return Guess(lora.metadata[key], f"its metadata say so ({key})")
-    names = _plain(lora.names)
-    family = next((f for f, pattern in _FAMILIES if any(re.search(pattern, n) for n in names.values())), "")
+    names = plain_names(lora.names)
+    family = family_of(names.values())
     if not family:
         return Guess("", "no module is named as in a model we know")
     if family == "Wan":
@@ -54,18 +54,24 @@ def guess_base(lora: LoraFile) -> Guess:
     return Guess(family, reason)
 
 
-def cogvideox_version(names: Sequence[str]) -> str:
+def cogvideox_version(names: Iterable[str]) -> str:
     """``V1.5`` or ``V1.1 or older`` by the modules of a LoRA of CogVideoX; empty if they do not tell.
 
     Whoever adapts the text's embedding adapts every linear layer, and only V1.5 embeds patches with one.
     """
-    names = set(_plain(names).values())
+    names = set(plain_names(names).values())
     if "patch_embed_proj" in names:
         return "V1.5"
     return "V1.1 or older" if "patch_embed_text_proj" in names else ""
 
 
-def _plain(names: Sequence[str]) -> dict[str, str]:
+def family_of(plain: Iterable[str]) -> str:
+    """The kind of model, by :func:`plain_names`; empty if it is none we know."""
+    plain = list(plain)
+    return next((family for family, pattern in _FAMILIES if any(re.search(pattern, n) for n in plain)), "")
+
+
+def plain_names(names: Iterable[str]) -> dict[str, str]:
     """Each name without its prefixes and with underscores, by how the file spells it."""
     return {name: min(bare_names(name), key=len).replace(".", "_").lstrip("_") for name in names}
 

@@ -1,0 +1,181 @@
+"""LoRA files from the command line: what is in them, other spellings, several as one, and the published ones."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from tyro.conf import Positional
+
+from ..lora.catalog import CATALOG, download, find
+from ..lora.files import MatchedLora, read_lora, write_lora
+from ..lora.guess import guess_base
+from ..lora.match import fit
+from ..lora.merge import merge, merge_offsets, resize
+from ..lora.write import Layout, rounding
+from ..video_models import load_video_model
+from .lora_names import resolve
+from .shared import parse_lora
+
+StoredType = Literal["as it is", "float32", "bfloat16", "float16"]
+
+
+@dataclass
+class Inspect:
+    """Say what is in a LoRA file and, given a model, whether it fits.
+
+    Attributes:
+        file: The LoRA.
+        model: A folder with a video model, or `builtin`; nothing skips the comparison.
+    """
+
+    file: Positional[Path]
+    model: str = ""
+
+    def run(self) -> int:
+        lora = read_lora(self.file)
+        guess, largest = guess_base(lora), max((m.up.shape[0] for m in lora.modules.values()), default=0)
+        print(f"format: {lora.format}\nbase model: {guess.base or 'unknown'} ({guess.reason})")
+        print(f"modules: {len(lora.modules)}, the widest {largest}, such as {lora.names[0]}")
+        if lora.modules:
+            every = lora.modules.values()
+            print(f"ranks: {_listed(lora.ranks)}\nalphas: {_listed(m.alpha for m in every)}")
+            print(f"alpha / rank: {_listed(m.scale for m in every)}\nstored as: {_listed(m.up.dtype for m in every)}")
+        if lora.offsets:
+            print(f"plain additions to weights and biases: {len(lora.offsets)}, such as {next(iter(lora.offsets))}")
+        for note in lora.notes:
+            print(f"note: {note}")
+        for key, value in sorted(lora.metadata.items()):
+            print(f"{key}: {value}")
+        if lora.other_keys:
+            print(f"other keys: {len(lora.other_keys)}, such as {lora.other_keys[0]}")
+        if self.model:
+            model = load_video_model(self.model, text=False)
+            for expert in model.denoisers:
+                print(fit(lora, model, expert).report())
+        return 0
+
+
+@dataclass
+class Convert:
+    """Write a LoRA in another spelling; the change it makes to the weights stays the same.
+
+    Attributes:
+        file: The LoRA, of any trainer.
+        output: The file to write.
+        to: `dotted` (ComfyUI and diffusers read it), `diffusers`, or `videox-fun`.
+        model: Folder of the base model, or `builtin`; without it the names come from the LoRA's kind.
+        dtype: Number type of the matrices.
+        alpha: Network alpha to assume where the file holds none; 0 takes what its trainer uses.
+    """
+
+    file: Positional[Path]
+    output: Positional[Path]
+    to: Layout = "dotted"
+    model: str = ""
+    dtype: StoredType = "as it is"
+    alpha: float = 0.0
+
+    def run(self) -> int:
+        lora = read_lora(self.file, self.alpha or None)
+        (matched,), names = resolve([lora], self.model)
+        if matched.unmatched:
+            print(f"left out, for the base model does not have them: {_listed(matched.unmatched)}")
+        print(_write(self.output, matched, names, lora.metadata, self.to, self.dtype))
+        return 0
+
+
+@dataclass
+class Merge:
+    """Make one LoRA of several, and reduce its rank if asked.
+
+    Without a new rank nothing is approximated: the rank is the sum of the ranks.
+
+    Attributes:
+        files: The LoRAs, each PATH or PATH:WEIGHT; the weight is the strength it is to have, 1 if not given.
+        output: The file to write.
+        rank: New rank; 0 keeps the sum. One file alone is resized.
+        to: `dotted` (ComfyUI and diffusers read it), `diffusers`, or `videox-fun`.
+        model: Folder of the base model, or `builtin`; without it the names come from the first LoRA's kind.
+        dtype: Number type of the matrices.
+    """
+
+    files: Positional[tuple[str, ...]]
+    output: Path
+    rank: int = 0
+    to: Layout = "dotted"
+    model: str = ""
+    dtype: StoredType = "float32"
+
+    def run(self) -> int:
+        if not self.files:
+            raise ValueError("give at least one LoRA, PATH or PATH:WEIGHT")
+        uses = [parse_lora(text) for text in self.files]
+        matched, names = resolve([use.lora for use in uses], self.model)
+        modules = merge([(m.modules, use.strength) for m, use in zip(matched, uses, strict=True)])
+        offsets = merge_offsets([(m.offsets, use.strength) for m, use in zip(matched, uses, strict=True)])
+        if self.rank:
+            modules, kept = resize(modules, self.rank)
+            print(f"rank {self.rank} keeps {kept:.4%} of the energy of all changes")
+        metadata = {"merged_from": ", ".join(f"{use.lora.path.name} at {use.strength:g}" for use in uses)}
+        bases = {use.lora.metadata.get("base_model", "") for use in uses}
+        if len(bases) == 1:
+            metadata["base_model"] = bases.pop()
+        result = MatchedLora(modules, (), self.output.name, offsets)
+        print(_write(self.output, result, names, metadata, self.to, self.dtype))
+        return 0
+
+
+@dataclass
+class Catalog:
+    """List the published reward LoRAs, or fetch one: `catalog fetch NAME`.
+
+    Attributes:
+        action: Nothing lists them; `fetch` downloads NAME, with resume and checksum. HF_ENDPOINT may name a mirror.
+        name: Of the LoRA to fetch.
+        folder: Where it goes.
+    """
+
+    action: Positional[Literal["list", "fetch"]] = "list"
+    name: Positional[str] = ""
+    folder: Path = Path("models/loras")
+
+    def run(self) -> int:
+        if self.action == "list":
+            for entry in CATALOG.values():
+                print(f"{entry.name}\n  {entry.summary()}\n  {entry.address}")
+            return 0
+        from tqdm import tqdm
+
+        entry = find(self.name)
+        with tqdm(unit="B", unit_scale=True, desc=entry.file) as bar:
+
+            def progress(done: int, total: int) -> None:
+                bar.total, bar.n = total or None, done
+                bar.refresh()
+
+            path = download(entry, self.folder, progress)
+        print(f"{path}\n{entry.summary()}")
+        return 0
+
+
+def _listed(values: Iterable) -> str:
+    """Different values, at most five of them."""
+    different = sorted({f"{v:g}" if isinstance(v, float) else str(v).removeprefix("torch.") for v in values})
+    return ", ".join(different[:5]) + f" and {len(different) - 5} more" * (len(different) > 5)
+
+
+def _write(
+    path: Path, lora: MatchedLora, names: dict[str, str], metadata: dict[str, str], layout: Layout, dtype: StoredType
+) -> str:
+    """Write the file and say in a line what is in it."""
+    stored = None if dtype == "as it is" else getattr(torch, dtype)
+    # Hashes of the old content, and an alpha that is folded now.
+    metadata = {k: v for k, v in metadata.items() if not k.startswith("sshs_") and k != "lora_adapter_metadata"}
+    write_lora(path, lora.modules, names, metadata, stored, layout=layout, offsets=lora.offsets)
+    error = rounding(lora.modules, layout, stored)
+    exact = "without any rounding" if not error else f"rounded by at most {error:.1e} of the largest entry of a matrix"
+    return f"{path}: {lora.count} modules as {layout}, {exact}"
