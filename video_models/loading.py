@@ -174,6 +174,17 @@ def build_clip_vision(config: Mapping[str, Any]) -> nn.Module:
     return module
 
 
+def build_clip_text(config: Mapping[str, Any]) -> nn.Module:
+    """transformers' ``CLIPTextModel``."""
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    module = CLIPTextModel(CLIPTextConfig.from_dict(dict(config)))
+    embeddings = getattr(module, "text_model", module).embeddings
+    with torch.device("cpu"):  # numbers that no file holds
+        embeddings.position_ids = torch.arange(embeddings.position_embedding.num_embeddings)[None]
+    return module
+
+
 def text_files(weights: Path | None, tokenizer: Path) -> tuple[Path, ...]:
     """Every file that decides what a text encoder answers: its weights, their shards, and the vocabulary."""
     if weights is None:

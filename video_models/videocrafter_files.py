@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from . import videocrafter_keys as keys
 from .files import WeightFileError, fingerprint, read_weights
-from .loading import diffusers, materialise, read_options
+from .loading import build_clip_text, diffusers, materialise, read_options
 from .protocol import ModelSpec
 from .videocrafter import TEXT_TOKENS, VideoCrafterModel
 from .videocrafter_unet import UNetConfig, VideoCrafterUNet
@@ -74,7 +74,7 @@ def load(
     vae = part("vae", diffusers("AutoencoderKL"), keys.vae_config, keys.convert_vae, dtype or torch.float32)
     text_encoder = tokenizer = None
     if text:
-        text_encoder = part("text", _build_text, keys.text_config, keys.convert_text)
+        text_encoder = part("text", build_clip_text, keys.text_config, keys.convert_text)
         tokenizer = _tokenizer()
     eta = float(options.pop("eta", DEFAULT_ETA))
     if not 0 <= eta <= 1:
@@ -95,15 +95,6 @@ def load(
 
 def _build_unet(config: Mapping[str, Any]) -> nn.Module:
     return VideoCrafterUNet(UNetConfig(**config))
-
-
-def _build_text(config: Mapping[str, Any]) -> nn.Module:
-    from transformers import CLIPTextConfig, CLIPTextModel
-
-    module = CLIPTextModel(CLIPTextConfig.from_dict(dict(config)))
-    with torch.device("cpu"):  # numbers that no file holds
-        getattr(module, "text_model", module).embeddings.position_ids = torch.arange(TEXT_TOKENS)[None]
-    return module
 
 
 def _tokenizer() -> Callable[[list[str]], Tensor]:
