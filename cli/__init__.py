@@ -12,7 +12,7 @@ import torch
 import tyro
 
 from ..training.config import TrainConfig
-from ..training.trainer import TrainingStopped
+from ..training.events import TrainingStopped
 from ..video_models import BUILTIN
 from .lora import Catalog, Convert, Inspect, Merge
 from .score import Score

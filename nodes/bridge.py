@@ -20,7 +20,7 @@ from server import PromptServer
 from torch import Tensor
 
 from ..reward_models.protocol import Reward
-from ..training.trainer import TrainingStopped
+from ..training.events import TrainingStopped
 from ..video_models.protocol import VideoModel
 
 log = logging.getLogger(__name__)

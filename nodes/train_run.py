@@ -9,7 +9,6 @@ from pathlib import Path
 
 import folder_paths
 import numpy as np
-import torch
 from comfy.model_management import InterruptProcessingException
 from comfy_api.latest import io
 from PIL import Image
@@ -20,12 +19,12 @@ from ..lora.adapter import LoraUse, applied
 from ..lora.files import LoraFile, read_lora
 from ..training.checkpoint import list_checkpoints
 from ..training.config import TrainConfig
+from ..training.events import Evaluation, StepEvent
 from ..training.media import contact_sheet, write_png
-from ..training.sample import sample_prompt
-from ..training.seeds import seed_for
-from ..training.trainer import SHOWN, Evaluation, StepEvent, Trainer
+from ..training.run_folder import SHOWN
+from ..training.trainer import Trainer
 from . import folders
-from .bridge import Progress, make_room, on_device, picture_to_image, to_images
+from .bridge import Progress, on_device, picture_to_image, to_images
 from .types import LoadedModel, LoadedReward
 
 REDRAW = 5.0
@@ -86,12 +85,12 @@ class TrainingRun:
             )
             made, seconds, skipped = self._follow(trainer, progress)
             lora = read_lora(trainer.lora_path).in_memory()
-            before, after = self._clips(lora, progress)
-        curve, picture = trainer.curve(), self._picture(trainer, f"step {config.steps}", before, after)
+            before, after = self._clips(trainer, lora)
+        curve, picture = trainer.files.curve(), self._picture(trainer, f"step {config.steps}", before, after)
         overview = write_png(self.folder / "overview.png", picture)
         summary = self._summary(made, seconds, skipped)
         progress.show(config.steps, picture, summary)  # the last live preview stays on the node
-        kept = [trainer.lora_path, self.folder / "reward.png", self.folder / "log.jsonl"]
+        kept = [*trainer.lora_paths.values(), self.folder / "reward.png", self.folder / "log.jsonl"]
         for index in range(min(SHOWN, len(self.samples))):
             videos = sorted((self.folder / "samples").glob(f"{index:02d}-step-*.mp4"))
             kept += videos[:1] + videos[1:][-1:]  # before any step, and the newest
@@ -125,42 +124,18 @@ class TrainingRun:
             raise
         return made, seconds, skipped
 
-    def _clips(self, lora: LoraFile, progress: Progress) -> tuple[Tensor, Tensor]:
+    def _clips(self, trainer: Trainer, lora: LoraFile) -> tuple[Tensor, Tensor]:
         """The shown samples without and with the LoRA; painted now if the run did not, as when it was resumed."""
-        before = self.first.frames[:SHOWN] if self.first else self._paint(progress)
-        if self.last and self.last is not self.first:
-            return before, self.last.frames[:SHOWN]
-        with applied(self.loaded.model, [LoraUse(lora, 1.0)]):
-            return before, self._paint(progress)
-
-    def _paint(self, progress: Progress) -> Tensor:
-        """The samples, with the seeds the trainer evaluates on."""
-        c, model = self.config, self.loaded.model
-
-        def tick(phase: str) -> None:
-            make_room(model, phase)
-            progress(phase)
-
-        clips = []
-        for index, prompt in enumerate(self.samples[:SHOWN]):
-            clip = sample_prompt(
-                model,
-                prompt,
-                seed_for("sample", c.seed, index),
-                negative_prompt=c.negative_prompt,
-                width=c.width,
-                height=c.height,
-                frames=c.frames,
-                steps=c.sampler_steps,
-                guidance_scale=c.guidance_scale,
-                tick=tick,
-            )
-            clips.append(clip.cpu())
-        return torch.cat(clips)
+        before = self.first or trainer.evaluate()
+        after = self.last
+        if after is None or after is self.first:
+            with applied(self.loaded.model, [LoraUse(lora, 1.0)]):
+                after = trainer.evaluate()
+        return before.frames[:SHOWN], after.frames[:SHOWN]
 
     def _picture(self, trainer: Trainer, label: str, before: Tensor | None = None, after: Tensor | None = None):
         """The reward curve over the samples before and now, ``[H, W, 3]`` uint8."""
-        curve = trainer.curve()
+        curve = trainer.files.curve()
         before = before if before is not None else self.first and self.first.frames[:SHOWN]
         after = after if after is not None else self.last and self.last.frames[:SHOWN]
         rows = [(name, clips) for name, clips in (("before", before), (label, after)) if clips is not None]

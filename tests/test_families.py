@@ -77,21 +77,22 @@ def test_a_checkpoint_paints_learns_and_its_lora_repeats_what_was_learned(case, 
         sampler_steps=3, guidance_scale=2.0, backprop=BackpropSchedule("tail", 3), sample_every=3, sample_count=1,
         save_dtype="float32",
     )  # fmt: skip
-    trainer = Trainer(model, ToyReward(), [PROMPT], config, tmp_path / "run", expert=spec.experts[-1])
+    trainer = Trainer(model, ToyReward(), [PROMPT], config, tmp_path / "run")
     events = list(trainer)
     assert [event.skipped for event in events] == [""] * 4
     assert all(event.grad_norm > 0 for event in events[1:])
     assert torch.equal(base, paint(model, case)), "training left a trace in the model"
 
-    use = LoraUse(read_lora(trainer.lora_path), 1.0, spec.experts[-1])
-    with applied(model, [use]):
+    uses = [LoraUse(read_lora(path), 1.0) for path in trainer.lora_paths.values()]
+    assert len(uses) == len(spec.experts)
+    with applied(model, uses):
         taught = paint(model, case)
     assert not torch.equal(taught, base)
     again = load(case, folder)
     assert torch.equal(paint(again, case), base)
-    with applied(again, [use]) as (report,):
+    with applied(again, uses) as reports:
         assert torch.equal(paint(again, case), taught)
-    assert "not in this model" not in report
+    assert not any("not in this model" in report for report in reports)
 
 
 def test_16_bits_load_and_paint(case, folder):

@@ -101,6 +101,19 @@ def test_schedules_draw_valid_steps(strategy):
         assert {t[-1] for t in drawn} == {6, 7, 8, 9}
 
 
+def test_schedules_keep_to_the_steps_that_can_be_trained():
+    sigmas, among = torch.linspace(1, 0, 11), (0, 1, 2, 3)
+    assert BackpropSchedule("last").draw(sigmas, 0, among).trained == (3,)
+    assert BackpropSchedule("tail", 2).draw(sigmas, 0, among).trained == (2, 3)
+    assert BackpropSchedule("uniform", 4).draw(sigmas, 0, among).trained == among
+    drawn = {BackpropSchedule("random", 1, start=2).draw(sigmas, seed, among).trained for seed in range(50)}
+    assert drawn == {(2,), (3,)}
+    with pytest.raises(ValueError, match=r"among 0\.\.3"):
+        BackpropSchedule("list", step_list=(4,)).draw(sigmas, 0, among)
+    with pytest.raises(ValueError, match="at most the 4 of 10 solver steps that its experts work at"):
+        BackpropSchedule("tail", 5).draw(sigmas, 0, among)
+
+
 def test_x0_judge_stops_at_the_last_trained_step():
     plan = BackpropSchedule("list", step_list=(1, 3), judge="x0").draw(torch.linspace(1, 0, 11), 0)
     assert plan.trained == (1, 3)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from contextlib import closing
@@ -13,9 +14,12 @@ from pathlib import Path
 import pytest
 import torch
 from reward_lora.lora.files import read_lora
+from reward_lora.reward_models.mixture import Mixture, MixtureSettings
 from reward_lora.selfcheck.exactness import ToyReward
 from reward_lora.training.checkpoint import list_checkpoints
-from reward_lora.training.trainer import Trainer, TrainingStopped
+from reward_lora.training.events import TrainingStopped
+from reward_lora.training.interrupts import interrupt_later
+from reward_lora.training.trainer import Trainer
 
 PROMPTS = ["one", "two", "three", "four", "five"]
 
@@ -76,6 +80,8 @@ def test_accumulation_takes_batches_one_after_the_other(wan, reward, config, tmp
 
 class SamePictures(ToyReward):
     """Linear in the pixels, so that every sample's gradient is nearly the same."""
+
+    name = "same pictures"
 
     def score(self, frames, prompts, *, reference=None):
         return frames.flatten(1).mean(1)
@@ -202,6 +208,42 @@ def test_seed_decides(wan, reward, config, tmp_path):
         list(trainer)
         paths.append(trainer.lora_path)
     assert read_bytes(paths[0]) == read_bytes(paths[1]) != read_bytes(paths[2])
+
+
+def test_a_mixtures_statistics_survive_a_resume(wan, reward, config, tmp_path):
+    def mixture():
+        return Mixture([reward, SamePictures()], [1.0, 0.5], MixtureSettings(normalised=True))
+
+    config = replace(config, steps=8, sample_every=0, save_every=1, batch_size=3)
+    whole = Trainer(wan, mixture(), PROMPTS, config, tmp_path / "whole" / "run")
+    events = list(whole)
+    part = Trainer(wan, mixture(), PROMPTS, config, tmp_path / "part" / "run")
+    with closing(iter(part)) as running:
+        for event in running:
+            if event.step == 5:
+                break
+    resumed = Trainer(wan, mixture(), PROMPTS, config, part.folder)
+    rest = list(resumed)
+    assert [e.reward for e in rest] == [e.reward for e in events[6:]]
+    assert whole.lora_path.read_bytes() == resumed.lora_path.read_bytes()
+    assert rest[-1].terms.keys() == {"toy", "same pictures"}
+    record = json.loads((part.folder / "log.jsonl").read_text().splitlines()[-1])
+    assert record["terms"] == pytest.approx(dict(rest[-1].terms))
+
+
+def test_ctrl_c_waits_for_the_end_of_a_block():
+    seen = []
+
+    def block():
+        with interrupt_later():
+            signal.raise_signal(signal.SIGINT)
+            seen.append("the block went on")
+
+    with pytest.raises(KeyboardInterrupt):
+        block()
+    assert seen
+    with pytest.raises(KeyboardInterrupt):
+        signal.raise_signal(signal.SIGINT)  # as before
 
 
 def read_bytes(path: Path) -> bytes:

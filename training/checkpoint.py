@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..files import WeightFileError, canonical_json, read_safetensors, write_safetensors
+from ..reward_models.protocol import Reward
 from .config import TrainConfig
 
 log = logging.getLogger(__name__)
@@ -72,6 +73,7 @@ def save_checkpoint(
     identity: RunIdentity,
     parameters: dict[str, nn.Parameter],
     optimizer: torch.optim.Optimizer,
+    reward: Reward,
 ) -> Path:
     """Write ``checkpoint-<step>.safetensors`` and delete older ones beyond ``keep_checkpoints``."""
     tensors: dict[str, Tensor] = {}
@@ -79,6 +81,8 @@ def save_checkpoint(
         tensors[f"lora.{key}"] = parameter.detach().cpu()
         for name, value in optimizer.state.get(parameter, {}).items():
             tensors[f"optimizer.{key}.{name}"] = value.detach().cpu()
+    if hasattr(reward, "state"):  # of a mixture: what its terms are normalised by
+        tensors |= {f"reward.{name}": value for name, value in reward.state().items()}
     metadata = {"progress": canonical_json(asdict(progress)), "identity": canonical_json(identity.decisive())}
     path = write_safetensors(folder / PATTERN.format(progress.step), tensors, metadata)
     for old in list_checkpoints(folder)[: -identity.config.keep_checkpoints]:
@@ -92,9 +96,13 @@ def list_checkpoints(folder: Path) -> list[Path]:
 
 
 def load_latest(
-    folder: Path, identity: RunIdentity, parameters: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer
+    folder: Path,
+    identity: RunIdentity,
+    parameters: dict[str, nn.Parameter],
+    optimizer: torch.optim.Optimizer,
+    reward: Reward,
 ) -> Progress | None:
-    """Restore the newest readable checkpoint of a folder in place.
+    """Restore the newest readable checkpoint of a folder in place. Without one, the reward's state begins anew.
 
     Returns:
         Where the run stands, or None if there is no checkpoint.
@@ -102,6 +110,9 @@ def load_latest(
     Raises:
         ValueError: The checkpoint belongs to a run with other settings; they are named.
     """
+    stateful = hasattr(reward, "load_state")
+    if stateful:
+        reward.load_state({})
     for path in reversed(list_checkpoints(folder)):
         try:
             tensors, metadata = read_safetensors(path)
@@ -125,5 +136,8 @@ def load_latest(
                     name: value.clone() if name == "step" else value.to(parameter.device, copy=True)
                     for name, value in state.items()
                 }
+        if stateful:
+            prefix = "reward."
+            reward.load_state({n.removeprefix(prefix): v for n, v in tensors.items() if n.startswith(prefix)})
         return Progress(**json.loads(metadata["progress"]))
     return None

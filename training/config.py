@@ -49,6 +49,7 @@ class TrainConfig:
         rank: Rank of the LoRA.
         network_alpha: The LoRA is scaled by alpha / rank.
         lora_targets: Modules to adapt; empty takes the model's own list.
+        experts: Networks that get a LoRA, of a model with several (Wan2.2: high, low); empty is all.
         width: Pixels; 0 takes the model's default.
         height: Pixels; 0 takes the model's default.
         frames: Frames of the sampled video; 0 takes the model's default.
@@ -86,6 +87,7 @@ class TrainConfig:
     rank: int = 32
     network_alpha: float = 16.0
     lora_targets: tuple[str, ...] = ()
+    experts: tuple[str, ...] = ()
     width: int = 0
     height: int = 0
     frames: int = 0
@@ -135,12 +137,16 @@ class TrainConfig:
         filled = dataclasses.replace(
             self,
             lora_targets=self.lora_targets or spec.lora_targets,
+            experts=self.experts or spec.experts,
             width=self.width or spec.width,
             height=self.height or spec.height,
             frames=self.frames or spec.frames,
             sampler_steps=self.sampler_steps or spec.steps,
             guidance_scale=self.guidance_scale or spec.guidance_scale,
         )
+        unknown = sorted(set(filled.experts) - set(spec.experts))
+        if unknown:
+            raise ValueError(f"experts must be among {', '.join(spec.experts)} for {spec.name}, got {unknown[0]}")
         latent_frames = spec.latent_shape(filled.width, filled.height, filled.frames)[1]
         if filled.judged_latents > latent_frames:
             raise ValueError(

@@ -134,6 +134,11 @@ class Judgement:
     gradient: Tensor = field(repr=False)
     frames: Tensor = field(repr=False)
 
+    @property
+    def finite(self) -> bool:
+        """Whether every reward and every entry of the gradient is a finite number."""
+        return bool(torch.isfinite(self.rewards).all() and torch.isfinite(self.gradient).all())
+
 
 def pick_frames(frames: Tensor, count: int) -> Tensor:
     """``count`` frames spread evenly over ``[B, C, T, H, W]``, first and last included; 0 takes all."""

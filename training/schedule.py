@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -70,45 +71,63 @@ class BackpropSchedule:
         if (self.strategy == "list") != bool(self.step_list):
             raise ValueError(f"step_list goes with strategy 'list' and only with it, got {self.step_list}")
 
-    def check(self, steps: int) -> None:
-        """Raise ``ValueError`` if the schedule asks for steps that a solver of ``steps`` steps does not have."""
-        last = steps - 1
-        outside = [i for i in self.step_list if not 0 <= i <= last]
+    def check(self, steps: int, among: Sequence[int] | None = None) -> None:
+        """Raise ``ValueError`` if the schedule asks for steps that are not there.
+
+        Args:
+            steps: Of the solver.
+            among: Those that can be trained, ascending, where a LoRA is in some networks only; None is all.
+        """
+        last, among = steps - 1, range(steps) if among is None else among
+        which = "solver steps" if len(among) == steps else f"of {steps} solver steps that its experts work at"
+        outside = [i for i in self.step_list if i not in among]
         if outside:
-            raise ValueError(f"step_list must lie in 0..{last} for {steps} solver steps, got {outside}")
-        if self.strategy in ("tail", "uniform") and self.num_steps > steps:
-            raise ValueError(f"num_steps must be at most the {steps} solver steps, got {self.num_steps}")
+            raise ValueError(f"step_list must be among {_runs(among)}, the {len(among)} {which}, got {outside}")
+        if self.strategy == "last" and not among:
+            raise ValueError(f"there is no step to train among the {len(among)} {which}")
+        if self.strategy in ("tail", "uniform") and self.num_steps > len(among):
+            raise ValueError(f"num_steps must be at most the {len(among)} {which}, got {self.num_steps}")
         if self.strategy == "random":
             end = last if self.end == -1 else self.end
             if not 0 <= self.start <= end <= last:
                 raise ValueError(f"start and end must satisfy 0 <= start <= end <= {last}, got {self.start}, {end}")
-            if self.num_steps > end - self.start + 1:
-                raise ValueError(f"cannot draw {self.num_steps} steps from {self.start}..{end}")
+            if self.num_steps > sum(self.start <= i <= end for i in among):
+                raise ValueError(f"cannot draw {self.num_steps} steps from {self.start}..{end} of the {which}")
 
-    def draw(self, sigmas: Tensor, seed: int) -> Plan:
+    def draw(self, sigmas: Tensor, seed: int, among: Sequence[int] | None = None) -> Plan:
         """Choose the trained steps of one rollout.
 
         Args:
             sigmas: ``[N + 1]`` noise levels of the full walk.
             seed: The only source of chance.
+            among: The steps that can be trained, ascending; None is all. ``last``, ``tail`` and ``uniform`` then
+                mean the last of these, and a comb over these.
         """
         steps = len(sigmas) - 1
-        self.check(steps)
+        self.check(steps, among)
+        among = range(steps) if among is None else among
         rng = random.Random(seed)
         if self.strategy == "last":
-            trained = [steps - 1]
+            trained = [among[-1]]
         elif self.strategy == "tail":
-            trained = list(range(steps - self.num_steps, steps))
+            trained = list(among[-self.num_steps :])
         elif self.strategy == "uniform":
-            gap = steps // self.num_steps
-            offset = rng.randrange(steps - gap * (self.num_steps - 1))
-            trained = [offset + i * gap for i in range(self.num_steps)]
+            gap = len(among) // self.num_steps
+            offset = rng.randrange(len(among) - gap * (self.num_steps - 1))
+            trained = [among[offset + i * gap] for i in range(self.num_steps)]
         elif self.strategy == "random":
             end = steps - 1 if self.end == -1 else self.end
-            trained = rng.sample(range(self.start, end + 1), self.num_steps)
+            trained = rng.sample([i for i in among if self.start <= i <= end], self.num_steps)
         else:
             trained = sorted(set(self.step_list))
         trained = sorted(trained)
         if self.judge == "x0":
             sigmas = torch.cat([sigmas[: trained[-1] + 1], sigmas.new_zeros(1)])
         return Plan(sigmas, tuple(trained))
+
+
+def _runs(steps: Sequence[int]) -> str:
+    """``0..3`` for consecutive steps, else each by itself."""
+    if len(steps) > 1 and steps[-1] - steps[0] == len(steps) - 1:
+        return f"{steps[0]}..{steps[-1]}"
+    return ", ".join(map(str, steps)) or "none"

@@ -1,0 +1,74 @@
+"""What a training run tells whoever follows it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+
+from torch import Tensor
+
+
+class TrainingStopped(RuntimeError):
+    """The run ended itself; the message says why. What was learned so far is saved."""
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Fixed prompts and seeds, sampled with the model as it is.
+
+    Attributes:
+        reward: Mean over the prompts.
+        rewards: One a prompt.
+        prompts: The prompts.
+        frames: ``[N, 3, T, H, W]`` in 0..1 on the CPU.
+    """
+
+    reward: float
+    rewards: tuple[float, ...]
+    prompts: tuple[str, ...]
+    frames: Tensor = field(repr=False)
+
+
+@dataclass(frozen=True)
+class StepEvent:
+    """What happened in one optimiser step.
+
+    Attributes:
+        step: Steps made so far; 0 is the state before training.
+        steps: Steps of the whole run.
+        reward: Mean reward of the training batch; NaN at step 0.
+        loss: Mean loss of the batch.
+        grad_norm: Norm of the LoRA's gradient before clipping.
+        learning_rate: Of this step.
+        seconds: Wall time of this step.
+        memory: Peak bytes on the GPU, or resident bytes of the process on a CPU.
+        skipped: Why the step changed nothing, or empty.
+        terms: Of a mixture of rewards, what each said on average.
+        evaluation: On evaluation steps.
+    """
+
+    step: int
+    steps: int
+    reward: float
+    loss: float
+    grad_norm: float
+    learning_rate: float
+    seconds: float
+    memory: int
+    skipped: str = ""
+    terms: Mapping[str, float] = field(default_factory=dict)
+    evaluation: Evaluation | None = None
+
+    def record(self) -> dict:
+        """For the log: plain numbers, NaN as null."""
+        data = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("evaluation", "terms")}
+        if self.terms:
+            data["terms"] = {name: _or_none(value) for name, value in self.terms.items()}
+        if self.evaluation:
+            data["evaluation"] = self.evaluation.reward
+        return {key: _or_none(value) for key, value in data.items()}
+
+
+def _or_none(value: object) -> object:
+    return None if isinstance(value, float) and not math.isfinite(value) else value
