@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -12,7 +13,9 @@ from .network import linear_shapes, select_modules
 from .weights import LoraFile
 
 __all__ = [
-    "ALL",
+    "AUTO",
+    "HIGH_NOISE",
+    "LOW_NOISE",
     "STRENGTH_RANGE",
     "Adapter",
     "LoraUse",
@@ -26,8 +29,8 @@ __all__ = [
     "total_norm",
 ]
 
-ALL = "all"
-"""In place of an expert's name: every network of the model."""
+AUTO, HIGH_NOISE, LOW_NOISE = "auto", "high_noise", "low_noise"
+"""In place of an expert's name: the one the file is for, else all; the noisiest; the least noisy."""
 _WINDOWS = "_reward_lora_windows"
 
 
@@ -38,7 +41,8 @@ class LoraUse:
     Attributes:
         lora: The file, read.
         strength: -2..2.
-        expert: Which network of the model it belongs to; ``all`` is the one its metadata name, else every one.
+        expert: Which network of the model it belongs to: its name, ``high_noise`` or ``low_noise`` of a model
+            with two, or ``auto`` for the one its metadata or its file's name says, else every one.
         start, end: The part of the walk from noise to video in which it acts, 0..1. Late steps alone
             (0.5 to 1) keep the variety of the base model, for the early ones decide on the layout.
 
@@ -48,7 +52,7 @@ class LoraUse:
 
     lora: LoraFile
     strength: float
-    expert: str = ALL
+    expert: str = AUTO
     start: float = 0.0
     end: float = 1.0
 
@@ -60,12 +64,19 @@ class LoraUse:
     def experts(self, model) -> list[str]:
         """Names of the networks of a video model that get it. Raises ``ValueError`` for one the model lacks."""
         known = list(model.denoisers)
-        if self.expert == ALL:
-            named = self.lora.metadata.get("expert")
-            return [named] if named in known else known
-        if self.expert not in known:
-            raise ValueError(f"the expert must be {ALL} or one of {', '.join(known)}, got {self.expert!r}")
-        return [self.expert]
+        wanted = self.expert
+        if wanted == AUTO:
+            said = re.search(r"(high|low)[-_ ]?noise", self.lora.path.stem.lower())
+            wanted = self.lora.metadata.get("expert") or (f"{said[1]}_noise" if said else AUTO)
+            if len(known) == 1 or wanted == AUTO:
+                return known
+        if len(known) > 1:
+            noisiest, *_, cleanest = model.spec.experts
+            wanted = {HIGH_NOISE: noisiest, LOW_NOISE: cleanest}.get(wanted, wanted)
+        if wanted not in known:
+            allowed = (AUTO, *((HIGH_NOISE, LOW_NOISE) if len(known) > 1 else ()), *known)
+            raise ValueError(f"the expert must be one of {', '.join(dict.fromkeys(allowed))}, got {wanted!r}")
+        return [wanted]
 
     def check(self, model) -> list[str]:
         """One line a network: what matches. Raises ``WeightFileError`` where nothing does."""

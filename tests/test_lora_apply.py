@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import random
 
@@ -169,8 +170,8 @@ class TwoExperts:
     """A model with two networks, as a walk and an applied LoRA see it."""
 
     def __init__(self, first, second):
-        self.first, self.spec = first, first.spec
-        self.denoisers = {"high_noise": first.transformer, "low_noise": second.transformer}
+        self.first, self.spec = first, dataclasses.replace(first.spec, experts=("transformer", "transformer_2"))
+        self.denoisers = {"transformer": first.transformer, "transformer_2": second.transformer}
 
     def lora_names(self, expert):
         return self.first.lora_names("transformer")
@@ -186,12 +187,21 @@ def test_a_lora_goes_to_the_expert_it_is_for(wan, path, tmp_path):
             assert all(f" in {name}," in line for name, line in zip(use.experts(model), reports, strict=True))
             return [name for name, network in model.denoisers.items() if hasattr(network, "peft_config")]
 
-    lora = read_lora(path)
-    assert holders(LoraUse(lora, 1.0)) == ["high_noise", "low_noise"]
-    assert holders(LoraUse(lora, 1.0, "low_noise")) == ["low_noise"]
-    save_file(load_file(path), tmp_path / "b.safetensors", {"expert": "high_noise"})
-    assert holders(LoraUse(read_lora(tmp_path / "b.safetensors"), 1.0)) == ["high_noise"]
-    assert holders(LoraUse(read_lora(tmp_path / "b.safetensors"), 1.0, "low_noise")) == ["low_noise"]
+    high, low = model.denoisers
+
+    def copied(name, **metadata):
+        save_file(load_file(path), tmp_path / name, metadata)
+        return read_lora(tmp_path / name)
+
+    assert holders(LoraUse(read_lora(path), 1.0)) == [high, low]
+    assert holders(LoraUse(read_lora(path), 1.0, "low_noise")) == [low]
+    assert holders(LoraUse(read_lora(path), 1.0, low)) == [low]
+    assert holders(LoraUse(copied("b.safetensors", expert=low), 1.0)) == [low]
+    assert holders(LoraUse(copied("b.safetensors", expert=low), 1.0, "high_noise")) == [high]
+    assert holders(LoraUse(copied("Wan2.2-low-noise-HPS2.1.safetensors"), 1.0)) == [low]
+    assert holders(LoraUse(copied("wan_HighNoise.safetensors"), 1.0)) == [high]
+    with pytest.raises(ValueError, match="one of auto, high_noise, low_noise, transformer, transformer_2, got 'loud'"):
+        holders(LoraUse(read_lora(path), 1.0, "loud"))
 
 
 # Bases in eight bits

@@ -283,5 +283,5 @@ def test_a_window_out_of_range(tmp_path, window):
 def test_an_unknown_expert_is_refused(wan, tmp_path):
     save_file(pair(), tmp_path / "a.safetensors")
     use = LoraUse(read_lora(tmp_path / "a.safetensors"), 1.0, expert="loud")
-    with pytest.raises(ValueError, match="expert must be all or one of transformer"), applied(wan, [use]):
+    with pytest.raises(ValueError, match="expert must be one of auto, transformer"), applied(wan, [use]):
         pass
