@@ -55,6 +55,12 @@ def _wan(owner: str, name: str, disk: int, memory: int) -> tuple[str, BaseModel]
     return name, BaseModel(f"{owner}/{name}", name[:6], disk, memory, files)
 
 
+def _cog(owner: str, name: str, disk: int) -> tuple[str, BaseModel]:
+    small = "2b" in name
+    licence = "Apache-2.0" if small else "CogVideoX LICENSE (free for research; register for commercial use)"
+    return name, BaseModel(f"{owner}/{name}", "CogVideoX", disk, 10 if small else 12, licence=licence)
+
+
 BASE_MODELS: dict[str, BaseModel] = dict(
     [
         _wan("alibaba-pai", "Wan2.1-Fun-1.3B-InP", 19, 12),
@@ -76,6 +82,11 @@ BASE_MODELS: dict[str, BaseModel] = dict(
         _wan("Wan-AI", "Wan2.2-T2V-A14B-Diffusers", 126, 29),
         _wan("Wan-AI", "Wan2.2-I2V-A14B-Diffusers", 126, 29),
         _wan("Wan-AI", "Wan2.2-TI2V-5B-Diffusers", 34, 12),
+        _cog("alibaba-pai", "CogVideoX-Fun-V1.1-2b-InP", 14),
+        _cog("alibaba-pai", "CogVideoX-Fun-V1.1-5b-InP", 22),
+        _cog("zai-org", "CogVideoX-2b", 14),
+        _cog("zai-org", "CogVideoX-5b", 22),
+        _cog("zai-org", "CogVideoX-5b-I2V", 22),
     ]
 )
 """By the name of their folder."""
