@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from ..training.gradient import Walk
-from ..video_models import wan_keys
-from ..video_models.protocol import ModelSpec
+from ..video_models import wan_keys, wan_vae_keys
 from ..video_models.wan import WanModel
+from ..video_models.wan_parts import make_spec
 from . import parity
 from .exactness import relative_error
 from .report import Line
@@ -35,17 +35,11 @@ def build(transformer: Mapping[str, Tensor], config: Mapping, vae: Mapping[str, 
     network.load_state_dict(wan_keys.convert_transformer(transformer))
     statistics = {key: vae_meta[key] for key in ("latents_mean", "latents_std") if vae_meta.get(key)}
     if vae:
-        decoder = AutoencoderKLWan(**wan_keys.vae_config(vae), **statistics)
-        decoder.load_state_dict(wan_keys.convert_vae(vae))
+        decoder = AutoencoderKLWan(**wan_vae_keys.vae_config(vae), **statistics)
+        decoder.load_state_dict(wan_vae_keys.convert_vae(vae))
     else:
         decoder = AutoencoderKLWan(base_dim=4, z_dim=16, dim_mult=[1, 1], num_res_blocks=1, temperal_downsample=[False])
-    levels = decoder.config.temperal_downsample
-    channels, spatial = network.config.out_channels, 2 ** len(levels)
-    targets = ("all-linear",)
-    spec = ModelSpec(
-        "wan", "fixture", channels, 2 ** sum(levels), spatial, 2 * spatial, True, targets, 0, 0, 1, 1, 1.0, 8
-    )
-    return WanModel(spec, network, decoder)
+    return WanModel(make_spec("fixture", network, decoder), network, decoder)
 
 
 def _predict(model: WanModel, io: Mapping[str, Tensor]) -> Tensor:
@@ -77,8 +71,8 @@ def check_vae(fixture: Fixture) -> Iterator[Line]:
     io, meta = fixture.tensors("io.safetensors"), fixture.meta
     weights = fixture.tensors("vae.safetensors")
     statistics = {key: meta[key] for key in ("latents_mean", "latents_std") if meta.get(key)}
-    vae = AutoencoderKLWan(**wan_keys.vae_config(weights), **statistics)
-    vae.load_state_dict(wan_keys.convert_vae(weights))
+    vae = AutoencoderKLWan(**wan_vae_keys.vae_config(weights), **statistics)
+    vae.load_state_dict(wan_vae_keys.convert_vae(weights))
     model = _vae_only(vae)
     tolerance, gradient_tolerance = (
         parity.tolerance(fixture, "decode", 1e-4),
@@ -102,8 +96,7 @@ def _vae_only(vae) -> WanModel:
     from diffusers import WanTransformer3DModel
 
     network = WanTransformer3DModel(num_attention_heads=1, attention_head_dim=12, text_dim=4, freq_dim=8, num_layers=0)
-    spec = ModelSpec("wan", "fixture", vae.config.z_dim, 1, 1, 1, False, ("all-linear",), 0, 0, 1, 1, 1.0, 8)
-    return WanModel(spec, network, vae)
+    return WanModel(make_spec("fixture", network, vae), network, vae)
 
 
 def check_train_step(fixture: Fixture) -> Iterator[Line]:

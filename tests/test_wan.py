@@ -7,18 +7,17 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from reward_lora.video_models import WeightFileError, load_video_model, wan_encoder_keys, wan_keys
+from reward_lora.tests.families import wan as family
+from reward_lora.tests.families.wan import fill
+from reward_lora.video_models import WeightFileError, load_video_model, wan_encoder_keys, wan_keys, wan_vae_keys
 from reward_lora.video_models.loading import build_t5, diffusers, materialise
 from reward_lora.video_models.protocol import VideoModel
 from reward_lora.video_models.wan import WanModel, clean_prompt
-from reward_lora.video_models.wan_files import _build_transformer, _spec
+from reward_lora.video_models.wan_parts import build_transformer, make_spec
 from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 
 FIXTURES = Path(__file__).parent / "fixtures"
-WORDS = ["a", "red", "blue", "circle", "square", "moves", "left", "right", "on", "the"]
-NAMES = {"vae": "Wan2.1_VAE", "text": "models_t5_umt5-xxl-enc-bf16"}
-NAMES["image"] = "models_clip_open-clip-xlm-roberta-large-vit-huge-14"
 
 
 def fixture(name):
@@ -32,13 +31,11 @@ def build_wan(transformer, config, vae, dtype=torch.float32):
     """A model of the publisher's tensors."""
     source = Path("fixture")
     arguments = wan_keys.transformer_config(transformer, config)
-    network = materialise(
-        _build_transformer, arguments, wan_keys.convert_transformer(transformer), source, dtype, "cpu"
-    )
+    network = materialise(build_transformer, arguments, wan_keys.convert_transformer(transformer), source, dtype, "cpu")
     decoder = materialise(
-        diffusers("AutoencoderKLWan"), wan_keys.vae_config(vae), wan_keys.convert_vae(vae), source, dtype, "cpu"
+        diffusers("AutoencoderKLWan"), wan_vae_keys.vae_config(vae), wan_vae_keys.convert_vae(vae), source, dtype, "cpu"
     )
-    return WanModel(_spec("fixture", network, decoder), network, decoder)
+    return WanModel(make_spec("fixture", network, decoder), network, decoder)
 
 
 @pytest.fixture(scope="module")
@@ -111,20 +108,8 @@ def attention(q, k, v, heads, scale=None, bias=None):
     return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale).transpose(1, 2).flatten(2)
 
 
-def publisher_umt5(dim=24, heads=2, ffn=40, layers=2, vocabulary=13, buckets=32):
-    """Random tensors in the names and shapes of the publisher's UMT5 encoder."""
-    shapes = {"token_embedding.weight": (vocabulary, dim), "norm.weight": (dim,)}
-    for i in range(layers):
-        block = {"norm1": (dim,), "norm2": (dim,), "ffn.gate.0": (ffn, dim), "ffn.fc1": (ffn, dim)}
-        block |= {"ffn.fc2": (dim, ffn), "pos_embedding.embedding": (buckets, heads)}
-        block |= {f"attn.{name}": (dim, dim) for name in "qkvo"}
-        shapes |= {f"blocks.{i}.{name}.weight": shape for name, shape in block.items()}
-    generator = torch.Generator().manual_seed(3)
-    return {name: torch.randn(shape, generator=generator) * 0.3 for name, shape in shapes.items()}
-
-
 def test_umt5_computes_what_the_publisher_describes():
-    tensors = publisher_umt5()
+    tensors = fill(family.text_shapes(**family.TINY_TEXT), 3)
     arguments = wan_encoder_keys.umt5_config(tensors)
     encoder = materialise(build_t5, arguments, wan_encoder_keys.convert_umt5(tensors), Path("x"), torch.float32, "cpu")
     length, heads = 6, 2
@@ -150,25 +135,12 @@ def test_umt5_computes_what_the_publisher_describes():
     assert torch.allclose(ours, norm(x, "norm"), atol=1e-5)
 
 
-def publisher_clip(dim=160, layers=2, patch=14, image_size=224):
-    """Random tensors in the names and shapes of the publisher's CLIP, with a scrap of its text half."""
-    tokens = (image_size // patch) ** 2 + 1
-    shapes = {"visual.patch_embedding.weight": (dim, 3, patch, patch), "visual.cls_embedding": (1, 1, dim)}
-    shapes |= {"visual.pos_embedding": (1, tokens, dim), "visual.head": (dim, 8), "log_scale": ()}
-    shapes |= {"textual.token_embedding.weight": (4, 8)}
-    for name in ("pre_norm", "post_norm"):
-        shapes |= {f"visual.{name}.weight": (dim,), f"visual.{name}.bias": (dim,)}
-    for i in range(layers):
-        sizes = {"norm1": (dim,), "norm2": (dim,), "attn.to_qkv": (3 * dim, dim), "attn.proj": (dim, dim)}
-        sizes |= {"mlp.0": (2 * dim, dim), "mlp.2": (dim, 2 * dim)}
-        for name, size in sizes.items():
-            shapes |= {f"visual.transformer.{i}.{name}.weight": size, f"visual.transformer.{i}.{name}.bias": size[:1]}
-    generator = torch.Generator().manual_seed(4)
-    return {name: torch.randn(shape, generator=generator) * 0.1 for name, shape in shapes.items()}
-
-
 def test_clip_computes_what_the_publisher_describes(original_i2v):
-    tensors = {k.removeprefix("visual."): v for k, v in publisher_clip().items() if k.startswith("visual.")}
+    tensors = {
+        k.removeprefix("visual."): v
+        for k, v in fill(family.clip_shapes(**family.TINY_CLIP), 4, 0.1).items()
+        if k.startswith("visual.")
+    }
     image = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(1))
 
     def layer(x, name, function):
@@ -192,111 +164,20 @@ def test_clip_computes_what_the_publisher_describes(original_i2v):
     assert torch.allclose(branch["image"], x, atol=1e-5)
 
 
-@pytest.mark.parametrize(
-    "config",
-    [
-        {"dim_mult": [1, 2, 2], "num_res_blocks": 1, "temperal_downsample": [True, True]},
-        {"dim_mult": [1, 2, 4, 4], "num_res_blocks": 3, "temperal_downsample": [False, True, True]},
-        {"dim_mult": [1, 2], "num_res_blocks": 2, "temperal_downsample": [False]},
-    ],
-)
-def test_vaes_of_other_depths_are_recognised(config):
-    from diffusers import AutoencoderKLWan
-
-    config = {"base_dim": 4, "z_dim": 8, **config}
-    vae = AutoencoderKLWan(**config, latents_mean=[0.0] * 8, latents_std=[1.0] * 8)
-    published = publisher_vae_names(vae.state_dict(), config)
-    assert len(published) == len(vae.state_dict())
-    for prefix in ("", "model."):
-        tensors = {prefix + name: tensor for name, tensor in published.items()}
-        assert wan_keys.vae_config(tensors).items() >= config.items()
-        converted = wan_keys.convert_vae(tensors)
-        assert all(converted[name].data_ptr() == tensor.data_ptr() for name, tensor in vae.state_dict().items())
-
-
-def publisher_vae_names(state, config):
-    """diffusers' VAE tensors in the publisher's names, by walking the blocks in the publisher's order."""
-    residual = {"residual.0": "norm1", "residual.2": "conv1", "residual.3": "norm2", "residual.6": "conv2"}
-    inside = residual | {"shortcut": "conv_shortcut"}
-    resample = {"resample.1": "resample.1", "time_conv": "time_conv"}
-    pairs = {"conv1": "quant_conv", "conv2": "post_quant_conv"}
-    levels, blocks = len(config["dim_mult"]), config["num_res_blocks"]
-    for half in ("encoder", "decoder"):
-        pairs |= {f"{half}.conv1": f"{half}.conv_in", f"{half}.head.0": f"{half}.norm_out"}
-        pairs |= {f"{half}.head.2": f"{half}.conv_out"}
-        for i, part in enumerate(("resnets.0", "resnets.1")):
-            pairs |= {f"{half}.middle.{2 * i}.{a}": f"{half}.mid_block.{part}.{b}" for a, b in inside.items()}
-        for part in ("norm", "to_qkv", "proj"):
-            pairs[f"{half}.middle.1.{part}"] = f"{half}.mid_block.attentions.0.{part}"
-        row = 0
-        for level in range(levels):
-            for place in range(blocks + (half == "decoder")):
-                ours = f"up_blocks.{level}.resnets.{place}" if half == "decoder" else f"down_blocks.{row}"
-                theirs = f"{half}.{'upsamples' if half == 'decoder' else 'downsamples'}.{row}"
-                pairs |= {f"{theirs}.{a}": f"{half}.{ours}.{b}" for a, b in inside.items()}
-                row += 1
-            if level < levels - 1:
-                ours = f"up_blocks.{level}.upsamplers.0" if half == "decoder" else f"down_blocks.{row}"
-                theirs = f"{half}.{'upsamples' if half == 'decoder' else 'downsamples'}.{row}"
-                pairs |= {f"{theirs}.{a}": f"{half}.{ours}.{b}" for a, b in resample.items()}
-                row += 1
-    ends = ("weight", "bias", "gamma")
-    return {f"{a}.{e}": state[f"{b}.{e}"] for a, b in pairs.items() for e in ends if f"{b}.{e}" in state}
-
-
 # Loading
-
-
-def save_tokenizer(folder):
-    from tokenizers import Tokenizer, models, pre_tokenizers, processors
-    from transformers import PreTrainedTokenizerFast
-
-    words = ["<pad>", "</s>", "<unk>", *WORDS]
-    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
-    special = {"pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"}
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special).save_pretrained(folder)
-
-
-def write_original(folder, transformer, config, *, suffix=".pth", image=False):
-    """A folder as the publisher lays it out."""
-    write = torch.save if suffix == ".pth" else save_file
-    (folder / "config.json").write_text(json.dumps(config))
-    save_file(transformer, folder / "diffusion_pytorch_model.safetensors")
-    write(fixture("wan_vae").vae, folder / (NAMES["vae"] + suffix))
-    write(publisher_umt5(), folder / (NAMES["text"] + suffix))
-    if image:
-        write(publisher_clip(), folder / (NAMES["image"] + suffix))
-    save_tokenizer(folder / "google" / "umt5-xxl")
 
 
 @pytest.fixture(scope="module")
 def original_t2v(tmp_path_factory):
-    folder, wan = tmp_path_factory.mktemp("Wan2.1-T2V-tiny"), fixture("wan_t2v")
-    write_original(folder, wan.transformer, wan.meta["transformer_config"])
+    folder = tmp_path_factory.mktemp("Wan2.1-T2V-tiny")
+    family.write(folder, "2.1 original t2v")
     return folder
 
 
 @pytest.fixture(scope="module")
 def original_i2v(tmp_path_factory):
-    """An image-to-video model of random weights; its transformer in two shards, the rest in safetensors."""
-    from diffusers import WanTransformer3DModel
-
-    torch.manual_seed(5)
     folder = tmp_path_factory.mktemp("Wan2.1-Fun-tiny-InP")
-    sizes = {"num_attention_heads": 2, "attention_head_dim": 24, "text_dim": 24, "freq_dim": 32, "ffn_dim": 64}
-    channels = {"in_channels": 36, "out_channels": 16, "image_dim": 160, "added_kv_proj_dim": 48, "num_layers": 2}
-    network = WanTransformer3DModel(**sizes, **channels)
-    tensors = {wan_keys.original_module_name(name): v.detach() for name, v in network.state_dict().items()}
-    write_original(folder, tensors, {"model_type": "i2v", "num_heads": 2}, suffix=".safetensors", image=True)
-    (folder / "diffusion_pytorch_model.safetensors").unlink()
-    files = [f"diffusion_pytorch_model-0000{n}-of-00002.safetensors" for n in (1, 2)]
-    place = {name: files[i % 2] for i, name in enumerate(sorted(tensors))}
-    for file in files:
-        save_file({name: tensors[name] for name in tensors if place[name] == file}, folder / file)
-    index = folder / "diffusion_pytorch_model.safetensors.index.json"
-    index.write_text(json.dumps({"weight_map": place}))
+    family.write(folder, "2.1 original inp")
     return folder
 
 
@@ -420,19 +301,18 @@ def test_text_encoder_can_stay_on_disk(original_t2v):
 
 
 def test_the_fingerprint_follows_the_text_encoder(original_t2v, tmp_path):
-    wan = fixture("wan_t2v")
-    write_original(tmp_path, wan.transformer, wan.meta["transformer_config"])
+    family.write(tmp_path, "2.1 original t2v")
     same = load_video_model(tmp_path, text=False).text_fingerprint()
-    tensors = publisher_umt5()
+    tensors = fill(family.text_shapes(**family.TINY_TEXT), 3)
     tensors["norm.weight"] += 1
-    torch.save(tensors, tmp_path / (NAMES["text"] + ".pth"))
+    torch.save(tensors, tmp_path / (family.TEXT_FILE + ".pth"))
     assert load_video_model(tmp_path, text=False).text_fingerprint() != same
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda f: (f / (NAMES["text"] + ".pth")).unlink(), "models_t5_umt5-xxl-enc-bf16.pth or .safetensors"),
+        (lambda f: (f / (family.TEXT_FILE + ".pth")).unlink(), "models_t5_umt5-xxl-enc-bf16.pth or .safetensors"),
         (lambda f: (f / "diffusion_pytorch_model.safetensors").unlink(), "diffusion_pytorch_model"),
         (lambda f: (f / "google" / "umt5-xxl").rename(f / "elsewhere"), "tokenizer's folder .* is missing"),
         (
@@ -441,15 +321,17 @@ def test_the_fingerprint_follows_the_text_encoder(original_t2v, tmp_path):
         ),
         (lambda f: (f / "config.json").write_text("{"), "not valid JSON"),
         (lambda f: (f / "config.json").write_text('{"num_heads": 0}'), "num_heads that divide 48, got 0"),
-        (lambda f: torch.save(publisher_umt5(), f / (NAMES["vae"] + ".pth")), "no Wan VAE"),
-        (lambda f: torch.save(fixture("wan_vae").vae, f / (NAMES["text"] + ".pth")), "no UMT5 encoder"),
-        (lambda f: (f / "reward_lora.json").write_text('{"fsp": 8}'), "unknown option fsp; allowed are fps"),
+        (
+            lambda f: torch.save(fill(family.text_shapes(**family.TINY_TEXT), 3), f / (family.VAE_FILE + ".pth")),
+            "no Wan VAE",
+        ),
+        (lambda f: torch.save(fixture("wan_vae").vae, f / (family.TEXT_FILE + ".pth")), "no UMT5 encoder"),
+        (lambda f: (f / "reward_lora.json").write_text('{"fsp": 8}'), "unknown option fsp; allowed are boundary, fps"),
         (lambda f: (f / "reward_lora.json").write_text('{"fps": "8"}'), "fps has the wrong type, got '8'"),
     ],
 )
 def test_what_is_wrong_with_a_folder_is_said_in_a_sentence(tmp_path, change, message):
-    wan = fixture("wan_t2v")
-    write_original(tmp_path, wan.transformer, wan.meta["transformer_config"])
+    family.write(tmp_path, "2.1 original t2v")
     change(tmp_path)
     with pytest.raises(WeightFileError, match=message) as caught:
         load_video_model(tmp_path)
@@ -480,19 +362,17 @@ def test_an_image_to_video_folder_of_diffusers_loads(i2v, tmp_path):
     assert all(torch.allclose(ours[name], theirs[name], atol=1e-5) for name in theirs)
 
 
-def test_variants_we_cannot_run_are_refused(diffusers_t2v, tmp_path):
-    wan = fixture("wan_t2v")
-    control = dict(wan.transformer, **{"patch_embedding.weight": torch.zeros(48, 48, 1, 2, 2)})
-    write_original(tmp_path, control, {"num_heads": 2})
+def test_variants_we_cannot_run_are_refused(tmp_path):
+    family.write(tmp_path, "2.1 original t2v")
+    weights = tmp_path / "diffusion_pytorch_model.safetensors"
+    whole = load_file(weights)
+    (tmp_path / "config.json").write_text('{"num_heads": 2}')
+    save_file(whole | {"patch_embedding.weight": torch.zeros(48, 48, 1, 2, 2)}, weights)
     with pytest.raises(WeightFileError, match="takes 48 input channels"):
         load_video_model(tmp_path, text=False)
-    save_file(wan.transformer | {"ref_conv.weight": torch.zeros(1)}, tmp_path / "diffusion_pytorch_model.safetensors")
+    save_file(whole | {"ref_conv.weight": torch.zeros(1)}, weights)
     with pytest.raises(WeightFileError, match=r"has unknown ref_conv\.weight; it is probably another variant"):
         load_video_model(tmp_path, text=False)
-    index = json.loads((diffusers_t2v / "model_index.json").read_text()) | {"boundary_ratio": 0.9}
-    (tmp_path / "model_index.json").write_text(json.dumps(index))
-    with pytest.raises(WeightFileError, match="two experts"):
-        load_video_model(tmp_path)
 
 
 # Conditioning and batches

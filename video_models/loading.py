@@ -220,6 +220,7 @@ def read_options(folder: Path, **more: Any) -> dict[str, Any]:
     options = read_json(path)
     kinds = {
         "name": str,
+        "recipe": str,
         "lora_targets": list,
         "guidance_scale": (int, float),
         **dict.fromkeys(("width", "height", "frames", "steps", "fps"), int),

@@ -1,4 +1,4 @@
-"""Wan2.1 text-to-video, image-to-video and Fun-InP, on diffusers' classes.
+"""Wan2.1 and Wan2.2 on diffusers' classes: text-to-video, image-to-video, Fun-InP, two experts, and TI2V-5B.
 
 Layouts and names: the publisher's ``wan/modules/*.py`` and VideoX-Fun's Fun-InP models; see ``wan_keys``
 for how their files become diffusers'.
@@ -20,16 +20,11 @@ from torch.overrides import TorchFunctionMode
 from .images import fit_image
 from .protocol import Conditioning, ModelSpec
 from .solvers import euler_step, flow_match_sigmas
+from .wan_image import CLIP_TOKENS, clip_tokens, given_frames
 from .wan_keys import original_module_name
 
 TEXT_TOKENS = 512
 """Text is zero-padded to this many tokens; diffusers counts on it to find the image tokens."""
-
-CLIP_TOKENS = 257
-"""Tokens of one image: 16x16 patches and the class token."""
-
-CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
-CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 
 def clean_prompt(prompt: str) -> str:
@@ -61,17 +56,30 @@ def float64_throughout(dtype: torch.dtype) -> AbstractContextManager:
     return _KeepFloat64() if dtype == torch.float64 else nullcontext()
 
 
+def rest(network: nn.Module) -> None:
+    """Move a network to the CPU, but for parameters being trained: their gradients and optimizer stay with them."""
+    for parameter in network.parameters():
+        if not parameter.requires_grad:
+            parameter.data = parameter.data.to("cpu")
+    for buffer in network.buffers():
+        buffer.data = buffer.data.to("cpu")
+
+
 class WanModel:
-    """A Wan2.1 model on diffusers' classes. See :class:`.protocol.VideoModel` for every method.
+    """A Wan model on diffusers' classes. See :class:`.protocol.VideoModel` for every method.
 
     Text-to-video works with every variant: an image-to-video transformer then gets a zero mask, zero
     masked latents and a zero image embedding, as VideoX-Fun trains it. With a start image (and an end
-    image) the mask marks the given frames and CLIP sees the start image alone (both in the FLF2V model).
-    The CLIP image encoder stays on the CPU.
+    image) the mask marks the given frames and CLIP sees the start image alone (both in the FLF2V model; Wan2.2
+    has no CLIP). The CLIP image encoder stays on the CPU. TI2V-5B, an image-to-video model without channels for
+    the image, takes the start image's latents in place of the first latent frame, at timestep 0.
+
+    Of two experts only the one at work is on the device; the other waits on the CPU. So ``device`` is where the
+    denoiser works, and what a model's modules lie on may change with every :meth:`predict`.
 
     Args:
         spec: Facts about the model.
-        transformer: ``WanTransformer3DModel``.
+        transformer: ``WanTransformer3DModel``, or one by the name of each of ``spec.experts``.
         vae: ``AutoencoderKLWan``.
         text_encoder, tokenizer: UMT5 and its tokenizer; may be None when embeddings are given.
         image_encoder: ``CLIPVisionModel``, or a function that loads it when the first image arrives.
@@ -83,7 +91,7 @@ class WanModel:
     def __init__(
         self,
         spec: ModelSpec,
-        transformer: nn.Module,
+        transformer: nn.Module | Mapping[str, nn.Module],
         vae: nn.Module,
         text_encoder: nn.Module | None = None,
         tokenizer: Any = None,
@@ -93,19 +101,21 @@ class WanModel:
         fingerprint: str = "",
     ) -> None:
         self.spec = spec
-        self.denoisers = {"transformer": transformer}
+        self.denoisers = {"transformer": transformer} if isinstance(transformer, nn.Module) else dict(transformer)
         self.vae, self.text_encoder, self.tokenizer = vae, text_encoder, tokenizer
         self._image_encoder = image_encoder
         self._shift, self._text_tokens, self._fingerprint = shift, text_tokens, fingerprint
-        for module in (transformer, vae, text_encoder):
+        for module in (*self.denoisers.values(), vae, text_encoder):
             if module is not None:
                 module.eval().requires_grad_(False)
         mean, std = (torch.tensor(vae.config[key]).view(1, -1, 1, 1, 1) for key in ("latents_mean", "latents_std"))
         self._latents_mean, self._latents_std = mean, std
+        self._at_work = spec.experts[0]
 
     @property
     def transformer(self) -> nn.Module:
-        return self.denoisers["transformer"]
+        """The denoiser at work."""
+        return self.denoisers[self._at_work]
 
     @property
     def device(self) -> torch.device:
@@ -115,6 +125,16 @@ class WanModel:
     def dtype(self) -> torch.dtype:
         # The time embedder stays float32 in diffusers; the blocks carry the model's dtype.
         return self.transformer.patch_embedding.weight.dtype
+
+    def put_to_work(self, expert: str) -> nn.Module:
+        """The expert, on the device; the one it relieves goes to the CPU, but for what is being trained in it."""
+        if expert != self._at_work:
+            device, relieved = self.device, self.transformer
+            if device.type != "cpu":
+                rest(relieved)
+            self.denoisers[expert].to(device)
+            self._at_work = expert
+        return self.transformer
 
     def lora_names(self, expert: str) -> dict[str, str]:
         linear = (name for name, module in self.denoisers[expert].named_modules() if isinstance(module, nn.Linear))
@@ -160,36 +180,25 @@ class WanModel:
     def _image_conditioning(
         self, batch: int, latent_shape: Sequence[int], start: Tensor | None, end: Tensor | None
     ) -> dict[str, Tensor]:
-        """Mask (4 channels, 1 = given) and masked latents, and CLIP's view of the start image.
-
-        As diffusers' ``WanImageToVideoPipeline.prepare_latents`` and VideoX-Fun's ``pipeline_wan_fun_inpaint.py``.
-        """
-        config = self.transformer.config
-        extra = config.in_channels - config.out_channels
-        if extra == 0:
+        """What the transformer is told of the images, by the names :meth:`predict` knows."""
+        config, (_, _, h, w) = self.transformer.config, latent_shape
+        if not self.spec.image_to_video:
             if start is not None or end is not None:
                 raise ValueError(f"{self.spec.name} is a text-to-video model and takes no start or end image")
             return {}
-        _, t, h, w = latent_shape
         size = (h * self.spec.spatial_stride, w * self.spec.spatial_stride)
         start, end = (fit_image(name, v, batch, size) for name, v in (("start", start), ("end", end)))
-        if start is None and end is None:
-            masked = torch.zeros(batch, extra, t, h, w)
-        else:
-            stride = self.spec.temporal_stride
-            frames = (t - 1) * stride + 1
-            given = [(image, index) for image, index in ((start, 0), (end, frames - 1)) if image is not None]
-            video = torch.zeros(max(len(image) for image, _ in given), 3, frames, *size)  # -1..1: absent is mid-gray
-            mask = torch.zeros(1, 1, frames, h, w)
-            for image, index in given:
-                video[:, :, index] = image * 2 - 1
-                mask[:, :, index] = 1
-            # The first latent frame stands for one frame, so its mask is repeated to fill its channel group.
-            mask = torch.cat([mask[:, :, :1].expand(-1, -1, stride, -1, -1), mask[:, :, 1:]], dim=2)
-            mask = mask.view(1, t, stride, h, w).transpose(1, 2)
-            latents = self.encode(video.to(next(self.vae.parameters()).device)).cpu()
-            masked = torch.cat([mask.expand(len(latents), -1, -1, -1, -1), latents], dim=1)
-        shared = {"latents": masked.expand(batch, -1, -1, -1, -1).to(self.device, self.dtype)}
+        if config.in_channels == config.out_channels:
+            if end is not None:
+                raise ValueError(
+                    f"{self.spec.name} begins with an image but cannot end with one; leave the end image out"
+                )
+            if start is None:
+                return {}
+            first = self.encode(start[:, :, None] * 2 - 1)
+            return {"first": first.expand(batch, -1, -1, -1, -1).to(self.device)}
+        given = given_frames(self.encode, start, end, latent_shape, self.spec.temporal_stride)
+        shared = {"latents": given.expand(batch, -1, -1, -1, -1).to(self.device, self.dtype)}
         if config.image_dim is not None:
             # The first-last-frame model has positions for two images, the others see one.
             images = [start] if config.pos_embed_seq_len is None else [start, end]
@@ -198,20 +207,12 @@ class WanModel:
             shared["image"] = tokens.to(self.device, self.dtype)
         return shared
 
-    @torch.no_grad()
     def _embed(self, image: Tensor) -> Tensor:
-        """CLIP ViT-H tokens of the last but one layer ``[B, 257, 1280]``; bicubic to 224, no crop, as published."""
         if self._image_encoder is None:
             raise RuntimeError(f"{self.spec.name} was loaded without its CLIP image encoder, which a start image needs")
         if not isinstance(self._image_encoder, nn.Module):
             self._image_encoder = self._image_encoder().eval().requires_grad_(False)
-        encoder = self._image_encoder
-        parameter = next(encoder.parameters())
-        size = encoder.config.image_size
-        pixels = F.interpolate(image.float(), (size, size), mode="bicubic", align_corners=False)
-        mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (CLIP_MEAN, CLIP_STD))
-        pixels = ((pixels.cpu() - mean) / std).to(parameter.device, parameter.dtype)
-        return encoder(pixels, output_hidden_states=True).hidden_states[-2]
+        return clip_tokens(self._image_encoder, image)
 
     def initial_latents(self, latent_shape: Sequence[int], seeds: Sequence[int]) -> Tensor:
         noise = [torch.randn(tuple(latent_shape), generator=torch.Generator().manual_seed(seed)) for seed in seeds]
@@ -221,21 +222,32 @@ class WanModel:
         return flow_match_sigmas(steps, self._shift)
 
     def predict(self, x: Tensor, sigma: Tensor, branch: Mapping[str, Tensor]) -> Tensor:
-        inputs = x.to(self.dtype)
+        transformer = self.put_to_work(self.spec.expert_at(sigma))
+        inputs, first, image = x.to(self.dtype), branch.get("first"), branch.get("image")
+        timestep = (sigma * 1000).to(x.device, x.dtype).expand(x.shape[0])
         if "latents" in branch:
             inputs = torch.cat([inputs, branch["latents"]], dim=1)
-        image = branch.get("image")
+        if first is not None:
+            inputs = torch.cat([first.to(self.dtype), inputs[:, :, 1:]], dim=2)
+            _, rows, columns = transformer.config.patch_size
+            given = (x.shape[-2] // rows) * (x.shape[-1] // columns)  # tokens of a latent frame
+            timestep = timestep[:, None].repeat(1, given * x.shape[2])
+            timestep[:, :given] = 0
         if image is not None:
             image = image.reshape(-1, CLIP_TOKENS, image.shape[-1])  # two images of a sample stand in the batch
         with float64_throughout(self.dtype):
-            output = self.transformer(
+            output = transformer(
                 hidden_states=inputs,
-                timestep=(sigma * 1000).to(x.device, x.dtype).expand(x.shape[0]),
+                timestep=timestep,
                 encoder_hidden_states=branch["text"],
                 encoder_hidden_states_image=image,
                 return_dict=False,
-            )[0]
-        return output.to(x.dtype)
+            )[0].to(x.dtype)
+        if first is not None:
+            # The velocity that leads to the given frame, so that the solver ends in it and in nothing else.
+            velocity = (x[:, :, :1] - first.to(x.dtype)) / sigma.to(x.device, x.dtype)
+            output = torch.cat([velocity, output[:, :, 1:]], dim=2)
+        return output
 
     def step(
         self, x: Tensor, prediction: Tensor, sigma: Tensor, sigma_next: Tensor, noise: Tensor | None = None
@@ -261,9 +273,13 @@ class WanModel:
 
     def to(self, device: torch.device | str, *parts: str) -> None:
         modules = {"text": self.text_encoder, "denoiser": self.transformer, "vae": self.vae}
+        waiting = [network for network in self.denoisers.values() if network is not self.transformer]
         unknown = set(parts) - set(modules)
         if unknown:
             raise ValueError(f"unknown parts {sorted(unknown)}; allowed are {sorted(modules)}")
         for part in parts or modules:
+            if part == "denoiser":
+                for network in waiting:
+                    rest(network) if torch.device(device).type != "cpu" else network.to("cpu")
             if modules[part] is not None:
                 modules[part].to(device)

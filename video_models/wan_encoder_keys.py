@@ -75,7 +75,7 @@ def umt5_config(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
 
 def convert_clip(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The visual half of the publisher's XLM-RoBERTa CLIP as transformers' ``CLIPVisionModel``; the text half goes."""
-    tensors = strip_prefix(tensors, "model.")
+    tensors = strip_prefix(tensors)
     converted = {}
     for name, tensor in tensors.items():
         half, _, rest = name.partition(".")
@@ -105,7 +105,7 @@ def clip_config(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
     Raises:
         ValueError: The tensors are no such CLIP.
     """
-    tensors = strip_prefix(tensors, "model.")
+    tensors = strip_prefix(tensors)
     names = ("patch_embedding.weight", "pos_embedding", "transformer.0.mlp.0.weight")
     lacking = [name for name in names if f"visual.{name}" not in tensors]
     if lacking:

@@ -1,17 +1,13 @@
-"""Loading Wan2.1 from a diffusers folder, or from the folder its publisher (or VideoX-Fun's) ships."""
+"""Loading Wan from a diffusers folder, or from the folder its publisher (or VideoX-Fun's) ships."""
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import nn
 
-from . import wan_encoder_keys, wan_keys
-from .files import WeightFileError, find_weights, fingerprint, read_json
+from . import wan_encoder_keys, wan_keys, wan_vae_keys
+from .files import find_weights, read_json
 from .loading import (
     Loader,
     build_clip_vision,
@@ -22,31 +18,31 @@ from .loading import (
     read_options,
     text_files,
 )
-from .protocol import ModelSpec
-from .wan import TEXT_TOKENS, WanModel
+from .wan import WanModel
+from .wan_parts import EXPERTS, FLOAT32_PARTS, Parts, assemble, build_transformer
 
 LAYOUTS = (
     "model_index.json of a diffusers WanPipeline or WanImageToVideoPipeline",
-    "Wan's own config.json, diffusion_pytorch_model.safetensors and Wan2.1_VAE.pth",
+    "Wan's own config.json (or high_noise_model and low_noise_model), diffusion_pytorch_model.safetensors and VAE",
 )
 """What :func:`detect` looks for, for messages."""
 
 PIPELINES = ("WanPipeline", "WanImageToVideoPipeline")
-VAE_FILE = "Wan2.1_VAE"
+DIFFUSION_FILE = "diffusion_pytorch_model"
+VAE_FILES = ("Wan2.1_VAE", "Wan2.2_VAE")
+"""Of TI2V the second; of all others, Wan2.2's too, the first."""
 TEXT_FILE = "models_t5_umt5-xxl-enc-bf16"
 IMAGE_FILE = "models_clip_open-clip-xlm-roberta-large-vit-huge-14"
 TOKENIZERS = ("google/umt5-xxl", "umt5-xxl", "tokenizer")
-
-# What diffusers keeps in float32 too: WanTransformer3DModel._keep_in_fp32_modules.
-FLOAT32_PARTS = ("time_embedder", "scale_shift_table", "norm1", "norm2", "norm3")
-DEFAULT_SHIFT = 5.0
 
 
 def detect(folder: Path) -> bool:
     """Whether a folder holds a Wan model in one of the two layouts."""
     if (folder / "model_index.json").is_file():
         return read_json(folder / "model_index.json").get("_class_name") in PIPELINES
-    return (folder / "config.json").is_file() and find_weights(folder, VAE_FILE) is not None
+    configs = [path / "config.json" for path in (folder, *_expert_folders(folder)) if (path / "config.json").is_file()]
+    vae = any(find_weights(folder, file) is not None for file in VAE_FILES)
+    return bool(configs) and (vae or read_json(configs[0]).get("_class_name") == "WanModel")
 
 
 def load(
@@ -54,91 +50,64 @@ def load(
 ) -> WanModel:
     """Load what :func:`detect` recognised.
 
-    A file ``reward_lora.json`` in the folder may override the model's defaults: ``name``, ``width``,
-    ``height``, ``frames``, ``steps``, ``guidance_scale``, ``fps``, ``lora_targets``, ``shift`` and ``text_tokens``.
+    A file ``reward_lora.json`` in the folder may override the model's defaults: ``name``, ``width``, ``height``,
+    ``frames``, ``steps``, ``guidance_scale``, ``fps``, ``lora_targets``, ``recipe``, ``shift``, ``text_tokens``, and
+    ``boundary``, the sigma from which on the expert for high noise works.
 
     Args:
         folder: The model's folder.
         dtype: Of every network. None chooses float32 for small networks and the VAE, else bfloat16.
-        device: Where the networks go; the CLIP image encoder is loaded to the CPU at the first image.
+        device: Where the networks go, of two experts the first; the CLIP image encoder is loaded to the CPU at the
+            first image.
         text: Whether to load the text encoder and its tokenizer.
 
     Raises:
         WeightFileError: A file is missing, damaged, or of another model.
     """
     parts = _diffusers_parts(folder) if (folder / "model_index.json").is_file() else _original_parts(folder)
-    options = read_options(folder, shift=(int, float), text_tokens=int)
-    transformer = parts.transformer(dtype, device)
-    vae = parts.vae(dtype or torch.float32, device)
-    text_encoder = tokenizer = None
-    text_fingerprint = ""
-    if text:
-        text_encoder = parts.text_encoder(dtype, device)
-        tokenizer = load_tokenizer(parts.tokenizer)
-    if parts.text_files:
-        text_fingerprint = f"{fingerprint(parts.text_files)}:{dtype or 'auto'}"
-    shift, text_tokens = options.pop("shift", parts.shift), options.pop("text_tokens", TEXT_TOKENS)
-    spec = dataclasses.replace(_spec(folder.resolve().name, transformer, vae), **options)
-
-    def image_encoder() -> nn.Module:
-        return parts.image_encoder(dtype, "cpu")
-
-    return WanModel(
-        spec, transformer, vae, text_encoder, tokenizer, image_encoder, shift, text_tokens, text_fingerprint
-    )
+    options = read_options(folder, shift=(int, float), text_tokens=int, boundary=(int, float))
+    return assemble(parts, folder.resolve().name, options, dtype=dtype, device=device, text=text)
 
 
-@dataclasses.dataclass(frozen=True)
-class _Parts:
-    """How to load each part of a model; the same for both layouts."""
-
-    transformer: Loader
-    vae: Loader
-    text_encoder: Loader
-    image_encoder: Loader
-    tokenizer: Path
-    text_files: tuple[Path, ...]
-    shift: float
+def _expert_folders(folder: Path) -> list[Path]:
+    return [folder / f"{expert}_noise_model" for expert in EXPERTS]
 
 
-def _diffusers_parts(folder: Path) -> _Parts:
+def _diffusers_parts(folder: Path) -> Parts:
     index = read_json(folder / "model_index.json")
-    if (index.get("transformer_2") or [None])[0] is not None or index.get("boundary_ratio") is not None:
-        raise WeightFileError(f"{folder} is a Wan2.2 model with two experts; supported are models with one transformer")
-    if index.get("expand_timesteps"):
-        raise WeightFileError(f"{folder} is a Wan2.2 TI2V model; supported are Wan2.1 models")
     scheduler = read_json(folder / "scheduler" / "scheduler_config.json")
-    diffusion = "diffusion_pytorch_model"
-    return _Parts(
-        transformer=component(folder / "transformer", diffusion, _build_transformer, keep_float32=FLOAT32_PARTS),
-        vae=component(folder / "vae", diffusion, diffusers("AutoencoderKLWan")),
+    names = {"transformer": "transformer"}
+    if (index.get("transformer_2") or [None])[0] is not None:
+        names = dict(zip(EXPERTS, ("transformer", "transformer_2"), strict=True))
+    shift = scheduler.get("flow_shift", scheduler.get("shift"))
+    return Parts(
+        denoisers={
+            expert: component(folder / name, DIFFUSION_FILE, build_transformer, keep_float32=FLOAT32_PARTS)
+            for expert, name in names.items()
+        },
+        vae=component(folder / "vae", DIFFUSION_FILE, diffusers("AutoencoderKLWan")),
         text_encoder=component(folder / "text_encoder", "model", build_t5),
         image_encoder=component(folder / "image_encoder", "model", build_clip_vision),
-        tokenizer=folder / "tokenizer",
+        tokenizer=lambda: load_tokenizer(folder / "tokenizer"),
         text_files=text_files(find_weights(folder / "text_encoder", "model"), folder / "tokenizer"),
-        shift=float(scheduler.get("flow_shift", scheduler.get("shift", DEFAULT_SHIFT))),
+        shift=None if shift is None else float(shift),
+        boundary=index.get("boundary_ratio"),
+        start_in_latents=bool(index.get("expand_timesteps")),
     )
 
 
-def _original_parts(folder: Path) -> _Parts:
-    config = read_json(folder / "config.json")
+def _original_parts(folder: Path) -> Parts:
     tokenizer = next((folder / name for name in TOKENIZERS if (folder / name).is_dir()), folder / TOKENIZERS[0])
-    return _Parts(
-        transformer=component(
-            folder,
-            "diffusion_pytorch_model",
-            _build_transformer,
-            read_config=lambda tensors: wan_keys.transformer_config(tensors, config),
-            convert=wan_keys.convert_transformer,
-            keep_float32=FLOAT32_PARTS,
-        ),
-        vae=component(
-            folder,
-            VAE_FILE,
-            diffusers("AutoencoderKLWan"),
-            read_config=wan_keys.vae_config,
-            convert=wan_keys.convert_vae,
-        ),
+    places = {"transformer": folder}
+    if not (folder / "config.json").is_file():
+        places = dict(zip(EXPERTS, _expert_folders(folder), strict=True))
+    ti2v = len(places) == 1 and read_json(folder / "config.json").get("model_type") == "ti2v"
+    return Parts(
+        denoisers={
+            expert: original_transformer(place, DIFFUSION_FILE, place / "config.json")
+            for expert, place in places.items()
+        },
+        vae=original_vae(folder, VAE_FILES[ti2v]),
         text_encoder=component(
             folder,
             TEXT_FILE,
@@ -153,37 +122,30 @@ def _original_parts(folder: Path) -> _Parts:
             read_config=wan_encoder_keys.clip_config,
             convert=wan_encoder_keys.convert_clip,
         ),
-        tokenizer=tokenizer,
+        tokenizer=lambda: load_tokenizer(tokenizer),
         text_files=text_files(find_weights(folder, TEXT_FILE), tokenizer),
-        shift=DEFAULT_SHIFT,
+        start_in_latents=ti2v,
     )
 
 
-def _build_transformer(config: Mapping[str, Any]) -> nn.Module:
-    from diffusers import WanTransformer3DModel
+def original_transformer(folder: Path, stem: str, config: Path | None = None) -> Loader:
+    """How to load a transformer in its publisher's names, with its ``config.json`` if there is one."""
+    return component(
+        folder,
+        stem,
+        build_transformer,
+        read_config=lambda tensors: wan_keys.transformer_config(tensors, {} if config is None else read_json(config)),
+        convert=wan_keys.convert_transformer,
+        keep_float32=FLOAT32_PARTS,
+    )
 
-    module = WanTransformer3DModel.from_config(dict(config))
-    used = module.config
-    with torch.device("cpu"):  # its tables are computed, not loaded
-        module.rope = type(module.rope)(used.attention_head_dim, used.patch_size, used.rope_max_seq_len)
-    return module
 
-
-def _spec(name: str, transformer: nn.Module, vae: nn.Module) -> ModelSpec:
-    spatial = 2 ** (len(vae.config.dim_mult) - 1) * (vae.config.patch_size or 1)
-    return ModelSpec(
-        family="wan",
-        name=name,
-        latent_channels=vae.config.z_dim,
-        temporal_stride=2 ** sum(vae.config.temperal_downsample),
-        spatial_stride=spatial,
-        size_multiple=spatial * transformer.config.patch_size[1],
-        image_to_video=transformer.config.in_channels != transformer.config.out_channels,
-        lora_targets=("all-linear",),  # as VideoX-Fun trains its reward LoRAs
-        width=832,
-        height=480,
-        frames=81,
-        steps=50,
-        guidance_scale=6.0,
-        fps=16,
+def original_vae(folder: Path, stem: str) -> Loader:
+    """How to load a VAE in its publisher's names."""
+    return component(
+        folder,
+        stem,
+        diffusers("AutoencoderKLWan"),
+        read_config=wan_vae_keys.vae_config,
+        convert=wan_vae_keys.convert_vae,
     )

@@ -1,12 +1,11 @@
-"""Names of Wan's transformer and VAE: the publisher's, and those of diffusers' classes.
+"""Names of Wan's transformer: the publisher's, and those of diffusers' class.
 
-The publisher's names are those of ``wan/modules/{model,vae}.py`` in Wan-Video/Wan2.1, which VideoX-Fun's
-Fun models share. Its text and image encoders are in ``wan_encoder_keys``.
+The publisher's names are those of ``wan/modules/model.py`` in Wan-Video/Wan2.1 and Wan2.2, which VideoX-Fun's
+Fun models share. Its VAEs are in ``wan_vae_keys``, its text and image encoders in ``wan_encoder_keys``.
 """
 
 from __future__ import annotations
 
-import itertools
 import math
 import re
 from collections.abc import Mapping
@@ -87,22 +86,6 @@ def original_module_name(name: str) -> str:
     return _rename_transformer(name, _TRANSFORMER_BACK, _TRANSFORMER_BLOCK_BACK) or name
 
 
-_VAE_LAYER = {
-    "residual.0": "norm1",
-    "residual.2": "conv1",
-    "residual.3": "norm2",
-    "residual.6": "conv2",
-    "shortcut": "conv_shortcut",
-}
-_VAE_HALF = {
-    "conv1": "conv_in",
-    "middle.0": "mid_block.resnets.0",
-    "middle.1": "mid_block.attentions.0",
-    "middle.2": "mid_block.resnets.1",
-    "head.0": "norm_out",
-    "head.2": "conv_out",
-}
-_VAE = {"conv1": "quant_conv", "conv2": "post_quant_conv"}
 NUMBERED = re.compile(r"(.+?\.)(\d+)\.(.+)")
 
 
@@ -111,7 +94,7 @@ def convert_transformer(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
     Names without a counterpart stay, so that loading can report them.
     """
-    tensors = strip_prefix(tensors, "model.")
+    tensors = strip_prefix(tensors)
     return {
         _rename_transformer(name, _TRANSFORMER, _TRANSFORMER_BLOCK) or name: tensor for name, tensor in tensors.items()
     }
@@ -126,9 +109,9 @@ def transformer_config(tensors: Mapping[str, Tensor], config: Mapping[str, Any])
             128 channels) and ``eps``.
 
     Raises:
-        ValueError: The tensors are no Wan2.1 transformer we know, or ``config`` contradicts them.
+        ValueError: The tensors are no Wan transformer we know, or ``config`` contradicts them.
     """
-    tensors = strip_prefix(tensors, "model.")
+    tensors = strip_prefix(tensors)
     needed = ("patch_embedding", "time_embedding.0", "text_embedding.0", "head.head", "blocks.0.ffn.0")
     lacking = [name for name in needed if f"{name}.weight" not in tensors]
     if lacking:
@@ -176,74 +159,9 @@ def transformer_config(tensors: Mapping[str, Tensor], config: Mapping[str, Any])
     }
 
 
-def convert_vae(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The publisher's ``WanVAE_`` tensors (with or without ``model.``) as ``AutoencoderKLWan``'s.
-
-    The publisher numbers the decoder's blocks in one row; diffusers groups them by level: the residual
-    blocks, one more than in the encoder, then an upsampler except after the last level.
-    """
-    tensors = strip_prefix(tensors, "model.")
-    per_level = vae_config(tensors)["num_res_blocks"] + 2
-    converted = {}
-    for name, tensor in tensors.items():
-        half, _, rest = name.partition(".")
-        if half not in ("encoder", "decoder"):
-            converted[rename(name, _VAE) or name] = tensor
-            continue
-        match = NUMBERED.fullmatch(rest)
-        if match and match[1] == "downsamples.":
-            new = f"down_blocks.{match[2]}.{rename(match[3], _VAE_LAYER) or match[3]}"
-        elif match and match[1] == "upsamples.":
-            level, place = divmod(int(match[2]), per_level)
-            block = f"resnets.{place}" if place < per_level - 1 else "upsamplers.0"
-            new = f"up_blocks.{level}.{block}.{rename(match[3], _VAE_LAYER) or match[3]}"
-        elif match and match[1] == "middle.":
-            place = f"middle.{match[2]}"
-            new = f"{_VAE_HALF.get(place, place)}.{rename(match[3], _VAE_LAYER) or match[3]}"
-        else:
-            new = rename(rest, _VAE_HALF) or rest
-        converted[f"{half}.{new}"] = tensor
-    return converted
-
-
-def vae_config(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
-    """Arguments of ``AutoencoderKLWan``, read from the publisher's tensors.
-
-    Raises:
-        ValueError: The tensors are no Wan2.1 VAE.
-    """
-    tensors = strip_prefix(tensors, "model.")
-    lacking = [name for name in ("encoder.conv1.weight", "conv2.weight") if name not in tensors]
-    if lacking:
-        raise ValueError(f"no Wan VAE: {lacking[0]} is missing")
-    dim = tensors["encoder.conv1.weight"].shape[0]
-    widths: list[list[int]] = [[]]  # output channels of each level's residual blocks
-    temporal = []
-    for index in itertools.count():
-        layer = f"encoder.downsamples.{index}."
-        if f"{layer}residual.6.weight" in tensors:
-            widths[-1].append(tensors[f"{layer}residual.6.weight"].shape[0])
-        elif f"{layer}resample.1.weight" in tensors:
-            temporal.append(f"{layer}time_conv.weight" in tensors)
-            widths.append([])
-        else:
-            break
-    counts = {len(level) for level in widths}
-    if len(counts) != 1 or 0 in counts:
-        raise ValueError("no Wan2.1 VAE: its encoder's levels differ in their number of residual blocks")
-    return {
-        "base_dim": dim,
-        "z_dim": tensors["conv2.weight"].shape[0],
-        "dim_mult": [level[-1] // dim for level in widths],
-        "num_res_blocks": counts.pop(),
-        "temperal_downsample": temporal,
-        "scale_factor_temporal": 2 ** sum(temporal),
-        "scale_factor_spatial": 2 ** len(temporal),
-    }
-
-
-def strip_prefix(tensors: Mapping[str, Tensor], prefix: str) -> Mapping[str, Tensor]:
-    """Tensors without ``prefix``, if every name has it."""
-    if not all(name.startswith(prefix) for name in tensors):
-        return tensors
-    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
+def strip_prefix(tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """Tensors without the name of the module around theirs (``model.``, ``model.diffusion_model.``), if all have it."""
+    for prefix in ("model.diffusion_model.", "diffusion_model.", "model."):
+        if all(name.startswith(prefix) for name in tensors):
+            return {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
+    return tensors
