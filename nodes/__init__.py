@@ -7,6 +7,8 @@ from comfy_api.latest import ComfyExtension, io
 from . import folders
 from .generate import GenerateVideo
 from .lora import ApplyRewardLora, SaveRewardLora
+from .lora_catalog import FetchPublishedLora
+from .lora_model import ApplyRewardLoraToModel
 from .reward import LoadReward, ScoreFrames
 from .train import TrainRewardLora
 from .video_model import LoadVideoModel
@@ -18,6 +20,8 @@ NODES: list[type[io.ComfyNode]] = [
     ScoreFrames,
     TrainRewardLora,
     ApplyRewardLora,
+    ApplyRewardLoraToModel,
+    FetchPublishedLora,
     SaveRewardLora,
 ]
 

@@ -10,19 +10,63 @@ import folder_paths
 from comfy.cli_args import args
 from comfy_api.latest import io
 
-from ..lora.adapter import STRENGTH_RANGE, LoraUse, check_strength, linear_shapes
-from ..lora.files import LoraFile, match, read_lora, write_lora
+from ..lora.adapter import AUTO, HIGH_NOISE, LOW_NOISE, STRENGTH_RANGE, LoraUse
+from ..lora.files import LoraFile, read_lora, write_lora
 from . import folders
 from .bridge import engine, say
 from .types import LoadedModel, LoraType, VideoModelType
 
-EXPERT = "transformer"
+EXPERTS = [AUTO, HIGH_NOISE, LOW_NOISE]
+
+
+def file_input() -> io.Combo.Input:
+    """The list of LoRA files."""
+    return io.Combo.Input(
+        "lora_file",
+        options=folders.list_loras(),
+        default=folders.BUILTIN_LORA,
+        tooltip="A file of models/loras or of the output folder, in any usual format: ComfyUI, diffusers, peft, "
+        "kohya, VideoX-Fun, DiffSynth, VADER. A LoRA connected below counts instead.",
+    )
+
+
+def strength_input() -> io.Float.Input:
+    low, high = STRENGTH_RANGE
+    return io.Float.Input(
+        "strength",
+        default=0.7,
+        min=low,
+        max=high,
+        step=0.05,
+        tooltip="How strongly, -2 to 2: 0 leaves the model as it is, 1 is as trained, below 0 is the opposite.",
+    )
+
+
+def connected_input() -> io.Input:
+    return LoraType.Input("lora", optional=True, tooltip="Straight from another node of this pack, without a file.")
+
+
+def chosen(lora_file: str, lora: LoraFile | None) -> LoraFile:
+    """The connected LoRA, or the file of the list, read into memory."""
+    if lora is not None:
+        return lora
+    if lora_file == folders.CONNECTED:
+        raise ValueError("no LoRA is connected; connect one, or choose a file from the list")
+    return read_lora(folders.lora_path(lora_file)).in_memory()
+
+
+def file_fingerprint(lora_file: str | None) -> str:
+    """Changes when the file is replaced, so that it is read again."""
+    try:
+        found = folders.lora_path(lora_file or "").stat()
+    except (ValueError, OSError):
+        return "none"
+    return f"{found.st_mtime_ns} {found.st_size}"
 
 
 class ApplyRewardLora(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
-        low, high = STRENGTH_RANGE
         return io.Schema(
             node_id="RewardLoraApplyRewardLora",
             display_name="Apply Reward LoRA",
@@ -31,22 +75,36 @@ class ApplyRewardLora(io.ComfyNode):
             "it is, and several of these nodes may follow each other. Reports how many modules of the LoRA matched.",
             inputs=[
                 VideoModelType.Input("video_model", tooltip="From Load Video Model or another Apply Reward LoRA."),
+                file_input(),
+                strength_input(),
+                connected_input(),
                 io.Combo.Input(
-                    "lora_file",
-                    options=folders.list_loras(),
-                    default=folders.BUILTIN_LORA,
-                    tooltip="A file of models/loras or of the output folder, in any usual format. A LoRA connected "
-                    "below counts instead.",
+                    "expert",
+                    options=EXPERTS,
+                    default=AUTO,
+                    optional=True,
+                    tooltip="For models with two networks, such as Wan2.2: high_noise paints the first steps, "
+                    "low_noise the last ones. auto takes the one the file names, else both.",
                 ),
                 io.Float.Input(
-                    "strength",
-                    default=0.7,
-                    min=low,
-                    max=high,
+                    "start",
+                    default=0.0,
+                    min=0.0,
+                    max=1.0,
                     step=0.05,
-                    tooltip="How strongly: 0 leaves the model as it is, 1 is as trained, below 0 is the opposite.",
+                    optional=True,
+                    tooltip="From which part of the solver's steps on it acts, 0 to 1. 0.5 leaves the early steps, "
+                    "which decide on the layout, to the model itself: more variety.",
                 ),
-                LoraType.Input("lora", optional=True, tooltip="Straight from Train Reward LoRA, without a file."),
+                io.Float.Input(
+                    "end",
+                    default=1.0,
+                    min=0.0,
+                    max=1.0,
+                    step=0.05,
+                    optional=True,
+                    tooltip="Up to which part of the solver's steps it acts, 0 to 1; 1 is to the end.",
+                ),
             ],
             outputs=[
                 VideoModelType.Output(
@@ -60,28 +118,25 @@ class ApplyRewardLora(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, lora_file: str, **_others) -> str:
-        """A file that was replaced is read again."""
-        try:
-            found = folders.lora_path(lora_file).stat()
-        except (ValueError, OSError):
-            return "none"
-        return f"{found.st_mtime_ns} {found.st_size}"
+        return file_fingerprint(lora_file)
 
     @classmethod
     def execute(
-        cls, video_model: LoadedModel, lora_file: str, strength: float, lora: LoraFile | None = None
+        cls,
+        video_model: LoadedModel,
+        lora_file: str,
+        strength: float,
+        lora: LoraFile | None = None,
+        expert: str = AUTO,
+        start: float = 0.0,
+        end: float = 1.0,
     ) -> io.NodeOutput:
         with engine():
-            check_strength(strength)
-            if lora is None:
-                if lora_file == folders.CONNECTED:
-                    raise ValueError("no LoRA is connected; connect one, or choose a file from the list")
-                lora = read_lora(folders.lora_path(lora_file)).in_memory()
-            model = video_model.model
-            matched = match(lora, model.lora_names(EXPERT), linear_shapes(model.denoisers[EXPERT]))
-        report = f"{matched.report()}, strength {strength:g}"
+            use = LoraUse(chosen(lora_file, lora), strength, expert, start, end)
+            lines = [*use.lora.notes, *use.check(video_model.model)]
+        report = "\n".join(lines)
         say(report, cls.hidden.unique_id)
-        result = video_model.with_lora(LoraUse(lora, strength, EXPERT)) if strength else video_model
+        result = video_model.with_lora(use) if strength else video_model
         return io.NodeOutput(result, ui={"text": [report]})
 
 
@@ -122,9 +177,8 @@ class SaveRewardLora(io.ComfyNode):
             metadata |= {key: json.dumps(value) for key, value in texts.items() if value is not None}
         with engine():
             path = folders.next_file(prefix)
-            names = {name: name.removeprefix(lora.prefix) for name in lora.modules}
-            dtype = next(iter(lora.modules.values())).up.dtype
-            write_lora(path, lora.modules, names, metadata, dtype)
+            names = {name: name.removeprefix(lora.prefix) for name in lora.names}
+            write_lora(path, lora.modules, names, metadata, None, offsets=lora.offsets)
         report = f"written: {path.relative_to(folder_paths.get_output_directory()).as_posix()}"
         if copy_to_models_loras:
             target = Path(folder_paths.get_folder_paths("loras")[0], path.name)

@@ -41,7 +41,8 @@ class LoadedModel:
 
     def fingerprint(self) -> list:
         """Plain data that differs whenever the model would paint otherwise."""
-        return [self.identity, *([lora_digest(use.lora), use.strength, use.expert] for use in self.uses)]
+        uses = ([lora_digest(u.lora), u.strength, u.expert, u.start, u.end] for u in self.uses)
+        return [self.identity, *uses]
 
 
 @dataclass(frozen=True)
@@ -58,11 +59,16 @@ class LoadedReward:
 
 
 def lora_digest(lora: LoraFile) -> str:
-    """Hash of a LoRA's matrices."""
+    """Hash of a LoRA's weights."""
     digest = hashlib.sha256()
-    for name in sorted(lora.modules):
-        module = lora.modules[name]
-        digest.update(f"{name} {module.alpha}".encode())
-        for matrix in (module.down, module.up):
+    for name in sorted(lora.names):
+        parts = []
+        if module := lora.modules.get(name):
+            digest.update(f"{name} {module.alpha}".encode())
+            parts += [module.down, module.up]
+        if offset := lora.offsets.get(name):
+            digest.update(f"{name} {offset.weight is None}".encode())
+            parts += [value for value in (offset.weight, offset.bias) if value is not None]
+        for matrix in parts:
             digest.update(matrix.float().contiguous().numpy().tobytes())
     return digest.hexdigest()[:16]
