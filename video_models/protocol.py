@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
+
+Carried = tuple[Any, ...]
+"""What a causal decoder carries from one chunk to the next: tensors, through which gradients pass, and constants."""
 
 Tick = Callable[[str], None]
 """Called with a phase name at least once per model call. May raise to stop the work."""
@@ -55,8 +58,10 @@ class ModelSpec:
     step_noise: bool = False
     recipe: str = ""
 
-    frame_rule = "{stride}n+1"
-    """Which frame counts there are, for messages; a family with another rule overrides it and the two methods."""
+    @property
+    def frame_rule(self) -> str:
+        """Which frame counts there are, for messages; a family with another rule overrides it and the two methods."""
+        return "1 or more" if self.temporal_stride == 1 else f"{self.temporal_stride}n+1"
 
     def nearest_frames(self, frames: int) -> int:
         """The nearest frame count the model can paint."""
@@ -83,7 +88,7 @@ class ModelSpec:
             )
         if frames != near_frames:
             raise ValueError(
-                f"the number of frames must be {self.frame_rule.format(stride=self.temporal_stride)} for {self.name}, "
+                f"the number of frames must be {self.frame_rule} for {self.name}, "
                 f"got {frames}; the nearest is {near_frames}"
             )
 
@@ -183,6 +188,22 @@ class VideoModel(Protocol):
 
     def decode(self, latents: Tensor) -> Tensor:
         """Frames ``[B, 3, T, H, W]`` in 0..1 of ``[B, C, t, h, w]``, differentiable."""
+        ...
+
+    def chunks(self, latent_frames: int) -> Sequence[int]:
+        """How many latent frames each call of :meth:`decode_chunk` gets, in order; one number if it needs all."""
+        ...
+
+    def decode_chunk(
+        self, latents: Tensor, carried: Carried = (), *, save_memory: bool = False
+    ) -> tuple[Tensor, Carried]:
+        """Frames of the next latent frames, differentiable; those of all chunks are what :meth:`decode` gives.
+
+        Args:
+            latents: ``[B, C, t, h, w]``, t as :meth:`chunks` says.
+            carried: What the call before returned; empty at the first chunk.
+            save_memory: Checkpoint the blocks of the decoder: another forward pass for the memory of one block.
+        """
         ...
 
     def to(self, device: torch.device | str, *parts: str) -> None:

@@ -18,8 +18,9 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from .images import fit_image
-from .protocol import Conditioning, ModelSpec
+from .protocol import Carried, Conditioning, ModelSpec
 from .solvers import euler_step, flow_match_sigmas
+from .wan_decoder import decode_frame
 from .wan_image import CLIP_TOKENS, clip_tokens, given_frames
 from .wan_keys import original_module_name
 
@@ -255,11 +256,25 @@ class WanModel:
         return euler_step(x, prediction, sigma, sigma_next)
 
     def decode(self, latents: Tensor) -> Tensor:
+        frames, carried = [], ()
+        for part in latents.split(self.chunks(latents.shape[2]), dim=2):
+            clip, carried = self.decode_chunk(part, carried)
+            frames.append(clip)
+        return torch.cat(frames, dim=2)
+
+    def chunks(self, latent_frames: int) -> list[int]:
+        return [1] * latent_frames
+
+    def decode_chunk(
+        self, latents: Tensor, carried: Carried = (), *, save_memory: bool = False
+    ) -> tuple[Tensor, Carried]:
         parameter = next(self.vae.parameters())
         mean, std = (v.to(latents.device, latents.dtype) for v in (self._latents_mean, self._latents_std))
-        with float64_throughout(parameter.dtype):
-            pixels = self.vae.decode((latents * std + mean).to(parameter.device, parameter.dtype), return_dict=False)[0]
-        return (pixels.to(latents.dtype) / 2 + 0.5).clamp(0, 1)
+        scaled = (latents * std + mean).to(parameter.device, parameter.dtype)
+        pixels, carried = decode_frame(
+            self.vae, scaled, carried, lambda: float64_throughout(parameter.dtype), save_memory
+        )
+        return (pixels.to(latents.dtype) / 2 + 0.5).clamp(0, 1), carried
 
     @torch.no_grad()
     def encode(self, frames: Tensor) -> Tensor:
