@@ -106,8 +106,9 @@ def read_pickle(path: Path | str) -> dict[str, Tensor]:
         raise unreadable(path, error) from None
     except Exception:  # garbage makes torch's parser raise almost anything
         raise WeightFileError(f"{path} is damaged or not a PyTorch file; download it again") from None
-    if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
-        content = content["state_dict"]
+    for key in ("state_dict", "model_state_dict"):
+        if isinstance(content, dict) and isinstance(content.get(key), dict):
+            content = content[key]
     if not isinstance(content, dict) or not all(isinstance(k, str) and _is_whole(v) for k, v in content.items()):
         raise WeightFileError(f"{path} does not hold one tensor a name; it is not a file of weights")
     return content

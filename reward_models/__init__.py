@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from ..hub import Progress
-from . import clip_score, face
+from . import action, aesthetic, clip_score, face, hps, image_reward, motion, mps, vader_heads, yolos
 from .files import Request, RewardEntry, find
 from .protocol import Reward
 
@@ -19,7 +19,15 @@ log = logging.getLogger(__name__)
 
 REWARDS: dict[str, RewardEntry] = {
     **clip_score.ENTRIES,
+    **hps.ENTRIES,
+    **mps.ENTRIES,
+    **aesthetic.ENTRIES,
     **face.ENTRIES,
+    **image_reward.ENTRIES,
+    **motion.ENTRIES,
+    **vader_heads.ENTRIES,
+    **yolos.ENTRIES,
+    **action.ENTRIES,
 }
 """The rewards of this package by name."""
 

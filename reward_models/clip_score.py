@@ -1,4 +1,4 @@
-"""Cosine between a frame and the prompt in a CLIP model: the tiny CLIP of the built-in world, and PickScore.
+"""Cosine between a frame and the prompt in a CLIP model: the built-in tiny CLIP, OpenAI's, and PickScore.
 
 PickScore (arXiv 2305.01569) is CLIP ViT-H/14 fine-tuned on human choices; its published score is
 ``exp(logit_scale) * cosine`` (about 20), while VideoX-Fun trains on the plain cosine (about 0.2).
@@ -6,133 +6,77 @@ PickScore (arXiv 2305.01569) is CLIP ViT-H/14 fine-tuned on human choices; its p
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..files import WeightFileError, read_safetensors
 from .files import Part, Repository, Request, RewardEntry
+from .networks import build, read_config, read_weights, tokenizer_of
 from .preprocess import CLIP_MEAN, CLIP_STD, normalize, resize_and_crop
+from .scoring import FrameReward
 
-MAX_FRAMES_AT_ONCE = 32
 
-
-class ClipScore:
-    """Mean over the frames of the cosine between image and text embedding.
+class ClipJudge(nn.Module):
+    """An :class:`.scoring.ImageJudge`; images by short side and centre crop.
 
     Args:
-        model: ``transformers.CLIPModel``.
-        tokenizer: Its tokenizer.
-        name: For logs and plots.
+        clip: ``transformers.CLIPModel``.
+        tokenize: A text to ids ``[1, L]``.
         scaled: Multiply by ``exp(logit_scale)``, the published scale.
     """
 
-    differentiable = True
-    needs = frozenset({"prompt"})
+    def __init__(self, clip: nn.Module, tokenize: Callable[[str], Tensor], *, scaled: bool = False) -> None:
+        super().__init__()
+        self.clip, self.tokenize, self.scaled = clip, tokenize, scaled
 
-    def __init__(self, model: nn.Module, tokenizer: Any, name: str, *, scaled: bool = False) -> None:
-        self.model = model.eval().requires_grad_(False)
-        self.tokenizer, self.name, self.scaled = tokenizer, name, scaled
-        self._texts: dict[str, Tensor] = {}
+    def forward(self, images: Tensor, texts: Sequence[Tensor]) -> Tensor:
+        pixels = normalize(resize_and_crop(images, self.clip.config.vision_config.image_size), CLIP_MEAN, CLIP_STD)
+        pooled = self.clip.vision_model(pixel_values=pixels.to(self.clip.dtype)).pooler_output
+        score = cosine(self.clip.visual_projection(pooled), torch.stack(list(texts)))
+        return score * self.clip.logit_scale.exp().to(score) if self.scaled else score
 
-    @classmethod
-    def load(
-        cls,
-        folder: Path | str,
-        name: str,
-        *,
-        scaled: bool = False,
-        device: str = "cpu",
-        tokenizer: Path | None = None,
-    ) -> ClipScore:
-        """Read a folder in the layout of transformers' ``CLIPModel``, weights in safetensors.
-
-        Raises:
-            WeightFileError: The weights are missing, damaged, or of another model.
-        """
-        from transformers import AutoTokenizer, CLIPConfig, CLIPModel
-
-        tensors, _ = read_safetensors(Path(folder) / "model.safetensors")
-        model = CLIPModel(CLIPConfig.from_pretrained(folder))
-        expected = model.state_dict()
-        tensors = {key: value.float() for key, value in tensors.items() if not key.endswith(".position_ids")}
-        wrong = [key for key in expected if key not in tensors or tensors[key].shape != expected[key].shape]
-        wrong = [key for key in wrong if not key.endswith(".position_ids")] + sorted(tensors.keys() - expected.keys())
-        if wrong:
-            raise WeightFileError(f"{folder} is no CLIP that fits its config.json: {wrong[0]} is missing or wrong")
-        model.load_state_dict(tensors, strict=False)
-        return cls(model.to(device), AutoTokenizer.from_pretrained(tokenizer or folder), name, scaled=scaled)
-
-    @property
-    def device(self) -> torch.device:
-        return self.model.logit_scale.device
-
-    def score(self, frames: Tensor, prompts: Sequence[str], *, reference: Tensor | None = None) -> Tensor:
-        """See :class:`.protocol.Reward`. Frames are brought to the model's size by short side and centre crop."""
-        if len(prompts) != frames.shape[0]:
-            raise ValueError(f"{frames.shape[0]} videos need as many prompts, got {len(prompts)}")
-        batch, _, count = frames.shape[:3]
-        images = frames.transpose(1, 2).flatten(0, 1).to(self.device)
-        size = self.model.config.vision_config.image_size
-        pixels = normalize(resize_and_crop(images, size), CLIP_MEAN, CLIP_STD).to(self.model.dtype)
-        embeddings = torch.cat([self._embed_images(part) for part in pixels.split(MAX_FRAMES_AT_ONCE)])
-        texts = torch.stack([self._embed_text(prompt) for prompt in prompts])
-        cosine = (embeddings.view(batch, count, -1) * texts[:, None]).sum(-1).mean(1).float()
-        return cosine * self.model.logit_scale.detach().exp().float() if self.scaled else cosine
-
-    def _embed_images(self, pixels: Tensor) -> Tensor:
-        pooled = self.model.vision_model(pixel_values=pixels).pooler_output
-        return F.normalize(self.model.visual_projection(pooled), dim=-1)
-
-    @torch.no_grad()
-    def _embed_text(self, prompt: str) -> Tensor:
-        if prompt not in self._texts:  # the text tower is frozen and the prompts of a run are few
-            length = self.model.config.text_config.max_position_embeddings
-            tokens = self.tokenizer(
-                prompt, padding="max_length", max_length=length, truncation=True, return_tensors="pt"
-            )
-            tokens = {
-                key: value.to(self.device) for key, value in tokens.items() if key in ("input_ids", "attention_mask")
-            }
-            pooled = self.model.text_model(**tokens).pooler_output
-            self._texts[prompt] = F.normalize(self.model.text_projection(pooled), dim=-1)[0].clone()
-        return self._texts[prompt]
-
-    def to(self, device: torch.device | str) -> ClipScore:
-        """Move the model; returns itself."""
-        self.model.to(device)
-        self._texts.clear()
-        return self
+    def encode_text(self, prompt: str) -> Tensor:
+        ids = self.tokenize(prompt).to(self.clip.logit_scale.device)
+        return self.clip.text_projection(self.clip.text_model(input_ids=ids).pooler_output)[0]
 
 
-BUILT_IN = Path(__file__).resolve().parent.parent / "assets" / "tiny_clip"
-TOKENIZER = Part(
-    "CLIP-ViT-H-14-laion2B-s32B-b79K",
-    Repository(
-        "laion/CLIP-ViT-H-14-laion2B-s32B-b79K",
-        ("tokenizer.json", "tokenizer_config.json"),
-        ("config.json", "special_tokens_map.json"),
-    ),
-)
+def cosine(a: Tensor, b: Tensor) -> Tensor:
+    """Of the last dimension, in float32 or better."""
+    wide = torch.promote_types(a.dtype, torch.float32)
+    return (F.normalize(a.to(wide), dim=-1) * F.normalize(b.to(wide), dim=-1)).sum(-1)
+
+
+def build_clip(tensors: Mapping[str, Tensor], config: Mapping, source: object, dtype: torch.dtype) -> nn.Module:
+    """``transformers.CLIPModel`` of the configuration a publisher's ``config.json`` holds."""
+    from transformers import CLIPConfig, CLIPModel
+
+    return build(lambda: CLIPModel(CLIPConfig.from_dict(dict(config))), tensors, source, dtype)
+
+
+def _load(request: Request) -> FrameReward:
+    folder = request.files["model"]
+    weights = folder / "model.safetensors"
+    clip = build_clip(read_weights(weights), read_config(folder), weights, request.dtype)
+    length = clip.config.text_config.max_position_embeddings
+    tokenize = tokenizer_of(request.files.get("tokenizer", folder), length)
+    judge = ClipJudge(clip, tokenize, scaled=request.name.endswith("_scaled"))
+    return FrameReward(judge.to(request.device), request.name)
+
+
+WHOLE = ("config.json", "model.safetensors")
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
+MORE = ("special_tokens_map.json",)
+LAION = "CLIP-ViT-H-14-laion2B-s32B-b79K"
+TOKENIZER = Part(LAION, Repository(f"laion/{LAION}", TOKENIZER_FILES, MORE))
+CLIP_L14 = Part("clip-vit-large-patch14", Repository("openai/clip-vit-large-patch14", WHOLE + TOKENIZER_FILES, MORE))
 PICKSCORE = {
-    "model": Part("PickScore_v1", Repository("yuvalkirstain/PickScore_v1", ("config.json", "model.safetensors"))),
+    "model": Part("PickScore_v1", Repository("yuvalkirstain/PickScore_v1", WHOLE)),
     "tokenizer": TOKENIZER,
 }
-
-
-def _load(request: Request) -> ClipScore:
-    return ClipScore.load(
-        request.files["model"],
-        request.name,
-        scaled=request.name.endswith("_scaled"),
-        device=request.device,
-        tokenizer=request.files.get("tokenizer"),
-    )
-
+BUILT_IN = Path(__file__).resolve().parent.parent / "assets" / "tiny_clip"
 
 ENTRIES = {
     "tiny_clip": RewardEntry(
@@ -143,4 +87,7 @@ ENTRIES = {
     ),
     "pickscore": RewardEntry(_load, "PickScore, plain cosine, as trained on (about 0.2)", "MIT", PICKSCORE),
     "pickscore_scaled": RewardEntry(_load, "PickScore on its published scale (about 20)", "MIT", PICKSCORE),
+    "clip_l14": RewardEntry(
+        _load, "cosine of frame and prompt in OpenAI's CLIP ViT-L/14 (about 0.25)", "MIT", {"model": CLIP_L14}
+    ),
 }

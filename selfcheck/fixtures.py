@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..files import read_safetensors
-from . import cogvideox, easyanimate, videocrafter, wan
+from . import cogvideox, easyanimate, rewards, videocrafter, wan
 from .report import Line
 
 CHECKS: dict[tuple[str, str], Callable[[Fixture], Iterator[Line]]] = {
@@ -23,15 +23,16 @@ CHECKS: dict[tuple[str, str], Callable[[Fixture], Iterator[Line]]] = {
     ("lora", "wan"): wan.check_transformer,
     ("vae", "wan"): wan.check_vae,
     ("train_step", "wan"): wan.check_train_step,
+    ("reward", "rewards"): rewards.check_rewards,
+    ("transformer", "videocrafter2"): videocrafter.check_unet,
+    ("lora", "videocrafter2"): videocrafter.check_lora,
+    ("solver", "videocrafter2"): videocrafter.check_solver,
     ("transformer", "cogvideox"): cogvideox.check_transformer,
     ("lora", "cogvideox"): cogvideox.check_transformer,
     ("vae", "cogvideox"): cogvideox.check_vae,
     ("train_step", "cogvideox"): cogvideox.check_train_step,
     ("transformer", "easyanimate"): easyanimate.check_transformer,
     ("lora", "easyanimate"): easyanimate.check_transformer,
-    ("transformer", "videocrafter2"): videocrafter.check_unet,
-    ("lora", "videocrafter2"): videocrafter.check_lora,
-    ("solver", "videocrafter2"): videocrafter.check_solver,
 }
 """One function a kind and family, giving a line a part. Another family is another file and its lines here."""
 
