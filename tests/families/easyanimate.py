@@ -90,7 +90,7 @@ def _residual(name: str, into: int, out: int) -> Shapes:
 
 def qwen_shapes(*, dim: int, key_value: int, mlp: int, layers: int, vocabulary: int) -> Shapes:
     """Qwen2-VL's tensors as published: the language half, its head, and a scrap of its eyes."""
-    shapes: Shapes = {"lm_head.weight": (vocabulary, dim), "visual.patch_embed.proj.weight": (8, 3, 2, 14, 14)}
+    shapes: Shapes = {"lm_head.weight": (vocabulary, dim), "visual.merger.ln_q.bias": (8,)}
     shapes |= {"model.embed_tokens.weight": (vocabulary, dim), "model.norm.weight": (dim,)}
     for i in range(layers):
         layer = f"model.layers.{i}."
@@ -167,7 +167,7 @@ def _write_v5_text(folder: Path) -> None:
         vocab_size=15, hidden_size=12, num_hidden_layers=2, num_attention_heads=2, intermediate_size=16,
         max_position_embeddings=16,
     )  # fmt: skip
-    BertModel(bert).save_pretrained(folder / "text_encoder")
+    BertModel(bert, add_pooling_layer=False).save_pretrained(folder / "text_encoder")
     t5 = MT5Config(
         vocab_size=40, d_model=20, d_kv=8, d_ff=24, num_layers=2, num_heads=2, feed_forward_proj="gated-gelu"
     )

@@ -1,0 +1,161 @@
+"""ModelScope text-to-video 1.7b on diffusers' classes.
+
+Sources: arXiv 2308.06571, diffusers' ``TextToVideoSDPipeline``, and VADER (arXiv 2407.08737), which trains it with
+rewards. VADER samples with a two-step solver; here it is DDIM, with the same noise schedule.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .protocol import Conditioning, ModelSpec
+from .solvers import Ddim
+
+DECODED_TOGETHER = 4
+"""Frames the VAE sees at once; it looks at each alone."""
+
+
+def make_checkpointable(unet: nn.Module) -> nn.Module:
+    """Make ``enable_gradient_checkpointing`` work on a ``UNet3DConditionModel``, which diffusers refuses it.
+
+    Its transformer blocks know what to do; the residual blocks and temporal convolutions learn it here.
+    """
+    from diffusers.models.resnet import ResnetBlock2D, TemporalConvLayer
+
+    for module in unet.modules():
+        if isinstance(module, (ResnetBlock2D, TemporalConvLayer)):
+            module.gradient_checkpointing = False
+            module.forward = partial(_forward, module)
+    unet._supports_gradient_checkpointing = True
+    return unet
+
+
+def _forward(module: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
+    plain = partial(type(module).forward, module, **kwargs)
+    if torch.is_grad_enabled() and module.gradient_checkpointing:
+        return module._gradient_checkpointing_func(plain, *args)
+    return plain(*args)
+
+
+class ModelScopeModel:
+    """ModelScope text-to-video. See :class:`.protocol.VideoModel` for every method.
+
+    Any number of frames: each is a latent of its own. The UNet looks at all 77 text tokens, padding too.
+
+    Args:
+        spec: Facts about the model.
+        unet: ``UNet3DConditionModel``; it has dropout, so it must stay in eval mode.
+        vae: ``AutoencoderKL``.
+        solver: Its noise schedule.
+        text_encoder, tokenizer: ``CLIPTextModel`` and its tokenizer; may be None when embeddings are given.
+        fingerprint: What identifies the text encoder's weights.
+    """
+
+    def __init__(
+        self,
+        spec: ModelSpec,
+        unet: nn.Module,
+        vae: nn.Module,
+        solver: Ddim,
+        text_encoder: nn.Module | None = None,
+        tokenizer: Any = None,
+        fingerprint: str = "",
+    ) -> None:
+        self.spec = spec
+        self.denoisers = {"transformer": make_checkpointable(unet)}
+        self.vae, self.text_encoder, self.tokenizer = vae, text_encoder, tokenizer
+        self._solver, self._fingerprint = solver, fingerprint
+        for module in (unet, vae, text_encoder):
+            if module is not None:
+                module.eval().requires_grad_(False)
+
+    @property
+    def unet(self) -> nn.Module:
+        return self.denoisers["transformer"]
+
+    @property
+    def device(self) -> torch.device:
+        return self.unet.conv_in.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.unet.conv_in.weight.dtype
+
+    def lora_names(self, expert: str) -> dict[str, str]:
+        linear = (name for name, module in self.denoisers[expert].named_modules() if isinstance(module, nn.Linear))
+        # In an injected adapter the layer itself is called base_layer, and the adapter's own matrices lora_A, lora_B.
+        return {name: name for name in (n.removesuffix(".base_layer") for n in linear if ".lora_" not in n)}
+
+    def text_fingerprint(self) -> str:
+        return hashlib.sha256(f"modelscope:{self._fingerprint}".encode()).hexdigest()[:16]
+
+    @torch.no_grad()
+    def encode_text(self, prompts: Sequence[str]) -> list[Tensor]:
+        """All tokens ``[77, D]`` a prompt: the UNet was trained to look at the padding too."""
+        if self.text_encoder is None:
+            raise RuntimeError(f"{self.spec.name} was loaded without its text encoder; load it with text=True")
+        device, length = self.text_encoder.device, self.text_encoder.config.max_position_embeddings
+        embeddings = []
+        for prompt in prompts:  # one by one: a prompt's embedding must not depend on its neighbours
+            ids = self.tokenizer(prompt, padding="max_length", max_length=length, truncation=True).input_ids
+            embeddings.append(self.text_encoder(torch.tensor([ids], device=device)).last_hidden_state[0])
+        return embeddings
+
+    def conditioning(
+        self,
+        positive: Sequence[Tensor],
+        negative: Sequence[Tensor] | None,
+        latent_shape: Sequence[int],
+        *,
+        start_image: Tensor | None = None,
+        end_image: Tensor | None = None,
+    ) -> Conditioning:
+        if start_image is not None or end_image is not None:
+            raise ValueError(f"{self.spec.name} is a text-to-video model and takes no start or end image")
+        if negative is not None and len(negative) != len(positive):
+            raise ValueError(f"{len(positive)} positive prompts need as many negative ones, got {len(negative)}")
+
+        def branch(texts: Sequence[Tensor]) -> dict[str, Tensor]:
+            return {"text": torch.stack(list(texts)).to(self.device, self.dtype)}
+
+        return Conditioning(branch(positive), None if negative is None else branch(negative))
+
+    def initial_latents(self, latent_shape: Sequence[int], seeds: Sequence[int]) -> Tensor:
+        noise = [torch.randn(tuple(latent_shape), generator=torch.Generator().manual_seed(seed)) for seed in seeds]
+        return torch.stack(noise).to(self.device)
+
+    def sigmas(self, steps: int) -> Tensor:
+        """The last is that of timestep 0, not 0: the published scheduler leaves this much noise in."""
+        return self._solver.sigmas(steps)
+
+    def predict(self, x: Tensor, sigma: Tensor, branch: Mapping[str, Tensor]) -> Tensor:
+        timestep = self._solver.timestep(sigma).to(x.device).expand(x.shape[0])
+        return self.unet(x.to(self.dtype), timestep, branch["text"], return_dict=False)[0].to(x.dtype)
+
+    def step(
+        self, x: Tensor, prediction: Tensor, sigma: Tensor, sigma_next: Tensor, noise: Tensor | None = None
+    ) -> Tensor:
+        return self._solver.step(x, prediction, sigma, sigma_next)
+
+    def decode(self, latents: Tensor) -> Tensor:
+        parameter = next(self.vae.parameters())
+        frames = latents.transpose(1, 2).flatten(0, 1).to(parameter.device, parameter.dtype)
+        parts = (frames / self.vae.config.scaling_factor).split(DECODED_TOGETHER)
+        pixels = torch.cat([self.vae.decode(part, return_dict=False)[0] for part in parts])
+        video = pixels.unflatten(0, (latents.shape[0], -1)).transpose(1, 2).to(latents.dtype)
+        return (video / 2 + 0.5).clamp(0, 1)
+
+    def to(self, device: torch.device | str, *parts: str) -> None:
+        modules = {"text": self.text_encoder, "denoiser": self.unet, "vae": self.vae}
+        unknown = set(parts) - set(modules)
+        if unknown:
+            raise ValueError(f"unknown parts {sorted(unknown)}; allowed are {sorted(modules)}")
+        for part in parts or modules:
+            if modules[part] is not None:
+                modules[part].to(device)
