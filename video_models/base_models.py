@@ -24,6 +24,16 @@ WAN_FILES = (
 )
 """Patterns of the files Wan's own folder is loaded from."""
 
+MODELSCOPE_FILES = (
+    "model_index.json",
+    "scheduler/*.json",
+    "tokenizer/*",
+    "*/config.json",
+    *(f"{part}/diffusion_pytorch_model.safetensors" for part in ("unet", "vae")),
+    "text_encoder/model.safetensors",
+)
+"""Patterns of the files ModelScope's folder is loaded from; the same weights lie there in other formats too."""
+
 
 @dataclass(frozen=True)
 class BaseModel:
@@ -61,6 +71,10 @@ def _cog(owner: str, name: str, disk: int) -> tuple[str, BaseModel]:
     return name, BaseModel(f"{owner}/{name}", "CogVideoX", disk, 10 if small else 12, licence=licence)
 
 
+def _easy(name: str, disk: int) -> tuple[str, BaseModel]:
+    return name, BaseModel(f"alibaba-pai/{name}", "EasyAnimate", disk, 24 if "12b" in name else 15)
+
+
 BASE_MODELS: dict[str, BaseModel] = dict(
     [
         _wan("alibaba-pai", "Wan2.1-Fun-1.3B-InP", 19, 12),
@@ -87,6 +101,19 @@ BASE_MODELS: dict[str, BaseModel] = dict(
         _cog("zai-org", "CogVideoX-2b", 14),
         _cog("zai-org", "CogVideoX-5b", 22),
         _cog("zai-org", "CogVideoX-5b-I2V", 22),
+        _easy("EasyAnimateV5-7b-zh-InP", 22),
+        _easy("EasyAnimateV5-12b-zh-InP", 34),
+        _easy("EasyAnimateV5.1-7b-zh-InP", 30),
+        _easy("EasyAnimateV5.1-12b-zh-InP", 39),
+        _easy("EasyAnimateV5.1-7b-zh", 30),
+        _easy("EasyAnimateV5.1-12b-zh", 39),
+        _easy("EasyAnimateV5.1-7b-zh-diffusers", 30),
+        _easy("EasyAnimateV5.1-12b-zh-diffusers", 39),
+        _easy("EasyAnimateV5.1-12b-zh-InP-diffusers", 39),
+        (
+            "text-to-video-ms-1.7b",
+            BaseModel("ali-vilab/text-to-video-ms-1.7b", "ModelScope", 8, 3, MODELSCOPE_FILES, "CC-BY-NC-4.0"),
+        ),
     ]
 )
 """By the name of their folder."""
