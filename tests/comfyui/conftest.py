@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import socket
 import subprocess
 import sys
@@ -137,6 +138,7 @@ def comfyui(tmp_path_factory):
     for name in ("custom_nodes", "user", "output", "temp", "input", "models/loras"):
         (base / name).mkdir(parents=True)
     link_folder(base / "custom_nodes" / "reward-lora", ROOT)
+    shutil.copy(Path(__file__).with_name("helper_nodes.py"), base / "custom_nodes")
     elsewhere = base.parent / "elsewhere"
     elsewhere.mkdir()
     link_folder(elsewhere / "my_wan", ROOT / "assets" / "tiny_wan")

@@ -1,0 +1,251 @@
+"""LoRAs in a real ComfyUI: every format on its native Wan, as strong as on ours, and what core's own loader takes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+from reward_lora.lora.adapter import inject_weights, linear_shapes
+from reward_lora.lora.files import LoraModule, MatchedLora, Offset, write_lora
+from reward_lora.selfcheck.wan import build
+from reward_lora.video_models.wan import WanModel
+from reward_lora.video_models.wan_keys import original_module_name
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from . import graphs
+
+pytestmark = pytest.mark.comfyui
+
+SEED, STRENGTH, RANK, ALPHA = 7, 0.8, 4, 2.0
+LATENTS = (1, 16, 2, 4, 4)
+MEAN = [-0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508,
+        0.4134, -0.0715, 0.5517, -0.3632, -0.1922, -0.9497, 0.2503, -0.2921]  # fmt: skip
+STD = [2.8184, 1.4541, 2.3275, 2.6558, 1.2196, 1.7708, 2.6052, 2.0743,
+       3.2687, 2.1526, 2.8652, 1.5579, 1.6382, 1.1253, 2.8251, 1.9160]  # fmt: skip
+
+
+@dataclass
+class Native:
+    """A tiny random Wan in ComfyUI's model folder, the same in our class, and a LoRA for all its linear layers."""
+
+    model: WanModel
+    lora: dict[str, LoraModule]
+    names: dict[str, str]
+
+
+@pytest.fixture(scope="module")
+def native(comfyui) -> Native:
+    from diffusers import WanTransformer3DModel
+
+    torch.manual_seed(0)
+    network = WanTransformer3DModel(
+        num_attention_heads=1, attention_head_dim=128, in_channels=16, out_channels=16, text_dim=4096,
+        freq_dim=256, ffn_dim=64, num_layers=2, cross_attn_norm=True,
+    )  # fmt: skip
+    weights = {original_module_name(name): value.detach() for name, value in network.state_dict().items()}
+    folder = comfyui.base / "models" / "diffusion_models"
+    folder.mkdir(exist_ok=True)
+    save_file({name: value.contiguous() for name, value in weights.items()}, folder / "tiny_wan.safetensors")
+    model = build(weights, {"num_heads": 1}, {}, {})
+    lora = {
+        name: LoraModule(torch.randn(RANK, inside) * inside**-0.5, torch.randn(out, RANK) * 0.5, ALPHA)
+        for name, (out, inside) in linear_shapes(model.transformer).items()
+    }
+    return Native(model, lora, model.lora_names("transformer"))
+
+
+def sampled(node: dict | None = None) -> dict:
+    """One solver step from noise, through a LoRA node called 2 if one is given."""
+    graph = {
+        "1": {"class_type": "UNETLoader", "inputs": {"unet_name": "tiny_wan.safetensors", "weight_dtype": "default"}},
+        "3": {"class_type": "TestConditioning", "inputs": {"seed": 1, "width": 4096}},
+        "4": {"class_type": "EmptyHunyuanLatentVideo",
+              "inputs": {"width": 32, "height": 32, "length": 5, "batch_size": 1}},
+        "5": {"class_type": "KSampler",
+              "inputs": {"model": ["2" if node else "1", 0], "seed": SEED, "steps": 1, "cfg": 1.0, "denoise": 1.0,
+                         "sampler_name": "euler", "scheduler": "simple", "positive": ["3", 0], "negative": ["3", 0],
+                         "latent_image": ["4", 0]}},
+        "6": {"class_type": "SaveLatent", "inputs": {"samples": ["5", 0], "filename_prefix": "latents/x"}},
+    }  # fmt: skip
+    return graph | ({"2": node} if node else {})
+
+
+def to_model(file: str, strength: float = STRENGTH) -> dict:
+    return graphs.node("ApplyRewardLoraToModel", model=["1", 0], lora_file=file, strength=strength)
+
+
+def noise() -> Tensor:
+    return torch.randn(LATENTS, generator=torch.manual_seed(SEED))
+
+
+def velocity(comfyui, node: dict | None = None) -> tuple[Tensor, str]:
+    """What the native model predicts at pure noise, and what node 2 reported."""
+    outcome = comfyui.run(sampled(node))
+    assert outcome.status == "success", outcome.message
+    (file,) = comfyui.files(outcome)
+    mean, std = (torch.tensor(values).view(1, -1, 1, 1, 1) for values in (MEAN, STD))
+    clean = (load_file(file)["latent_tensor"] - mean) / std
+    return noise() - clean, "".join(outcome.outputs.get("2", {}).get("text", []))
+
+
+@torch.no_grad()
+def ours(native: Native, lora: MatchedLora | None = None) -> Tensor:
+    """What our own class predicts for the same."""
+    text = torch.randn(1, 5, 4096, generator=torch.Generator().manual_seed(1))[0]
+    branch = native.model.conditioning([text], None, LATENTS[1:]).positive
+    adapter = inject_weights(native.model.transformer, lora, STRENGTH) if lora else None
+    prediction = native.model.predict(noise(), torch.tensor(1.0, dtype=torch.float64), branch)
+    if adapter:
+        adapter.remove()
+    return prediction
+
+
+@pytest.fixture(scope="module")
+def base(comfyui, native) -> Tensor:
+    return velocity(comfyui)[0]
+
+
+@pytest.fixture(scope="module")
+def change(native) -> Tensor:
+    """What the LoRA changes in our own class."""
+    return ours(native, MatchedLora(native.lora, (), "own")) - ours(native)
+
+
+def test_the_native_model_is_ours(native, base):
+    torch.testing.assert_close(base, ours(native), rtol=0, atol=1e-3)
+
+
+def spelled(native: Native, prefix: str, diffusers: bool, down: str, up: str, alpha: bool = True, dots: bool = True):
+    """The LoRA's tensors in a spelling; without alphas they are folded."""
+    tensors = {}
+    for name, module in native.lora.items():
+        plain = name if diffusers else native.names[name]
+        key = prefix + (plain if dots else plain.replace(".", "_"))
+        tensors[f"{key}.{down}"] = module.down if alpha else module.down * module.scale
+        tensors[f"{key}.{up}"] = module.up
+        if alpha:
+            tensors[f"{key}.alpha"] = torch.tensor(module.alpha)
+    return tensors
+
+
+AB, DOWN_UP = ("lora_A.weight", "lora_B.weight"), ("lora_down.weight", "lora_up.weight")
+DEFAULT = ("lora_A.default.weight", "lora_B.default.weight")
+FORMATS = {
+    "VideoX-Fun": ("lora_unet__", False, *DOWN_UP, True, False),
+    "kohya": ("lora_unet_", False, *DOWN_UP, True, False),
+    "dotted A B": ("diffusion_model.", False, *AB),
+    "dotted down up": ("diffusion_model.", False, *DOWN_UP),
+    "dotted default": ("diffusion_model.", False, *DEFAULT, False),
+    "diffusers": ("transformer.", True, *AB, False),
+    "transformer": ("transformer.", False, *AB, False),
+    "peft": ("base_model.model.", False, *AB, False),
+    "peft diffusers": ("base_model.model.transformer.", True, *AB, False),
+    "bare": ("", False, *AB),
+    "pipe.dit": ("pipe.dit.", False, *DEFAULT, False),
+}
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_every_format_changes_the_native_model_as_ours(comfyui, native, base, change, name):
+    file = f"{name.replace(' ', '_')}.safetensors"
+    save_file(spelled(native, *FORMATS[name]), comfyui.base / "models" / "loras" / file)
+    predicted, report = velocity(comfyui, to_model(file))
+    assert f"{len(native.lora)} modules matched" in report
+    assert "left out" not in report
+    assert "not taken" not in report
+    assert float(change.abs().max()) > 0.1
+    torch.testing.assert_close(predicted - base, change, rtol=0, atol=1e-3)
+
+
+def test_a_pickle_of_vader_has_its_alpha(comfyui, native, base, change):
+    tensors = spelled(native, "base_model.model.", False, *AB, alpha=False)
+    # Alpha 8 at rank 4 doubles: halve one of the matrices.
+    halved = {key: value / 2 if "lora_A" in key else value for key, value in tensors.items()}
+    torch.save(halved, comfyui.base / "models" / "loras" / "vader.pt")
+    predicted, report = velocity(comfyui, to_model("vader.pt"))
+    assert "alpha 8, as VADER trains" in report
+    torch.testing.assert_close(predicted - base, change, rtol=0, atol=1e-3)
+
+
+def test_plain_additions_of_cores_own_training(comfyui, native, base):
+    bias, norm = torch.full((128,), 0.5), torch.full((128,), 0.3)
+    tensors = {
+        "diffusion_model.blocks.0.self_attn.q.diff_b": bias,
+        "diffusion_model.blocks.1.self_attn.norm_k.diff": norm,
+    }
+    save_file(tensors, comfyui.base / "models" / "loras" / "core.safetensors")
+    offsets = {"blocks.0.attn1.to_q": Offset(bias=bias), "blocks.1.attn1.norm_k": Offset(norm)}
+    expected = ours(native, MatchedLora({}, (), "own", offsets)) - ours(native)
+    predicted, report = velocity(comfyui, to_model("core.safetensors"))
+    assert "2 modules matched" in report
+    assert float(expected.abs().max()) > 1e-3
+    torch.testing.assert_close(predicted - base, expected, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("layout", ["dotted", "videox-fun"])
+def test_cores_own_loader_takes_what_we_write(comfyui, native, base, change, layout):
+    write_lora(
+        comfyui.base / "models" / "loras" / f"{layout}.safetensors", native.lora, native.names, {}, layout=layout
+    )
+    read = len(comfyui.log.read_text())
+    inputs = {"model": ["1", 0], "lora_name": file.name, "strength_model": STRENGTH}
+    predicted, _ = velocity(comfyui, {"class_type": "LoraLoaderModelOnly", "inputs": inputs})
+    log = comfyui.log.read_text()[read:]
+    assert "not loaded" not in log.lower()
+    torch.testing.assert_close(predicted - base, change, rtol=0, atol=1e-3)
+
+
+def test_modules_for_images_are_left_out_with_a_note(comfyui, native, base, change):
+    tensors = spelled(native, *FORMATS["VideoX-Fun"])
+    for extra in ("blocks_0_cross_attn_k_img", "blocks_0_cross_attn_v_img", "img_emb_proj_1"):
+        tensors |= {f"lora_unet__{extra}.{part}": torch.ones(128, 4).T.contiguous() if "down" in part else
+                    torch.ones(128, 4) for part in DOWN_UP}  # fmt: skip
+    save_file(tensors, comfyui.base / "models" / "loras" / "inp.safetensors")
+    predicted, report = velocity(comfyui, to_model("inp.safetensors"))
+    assert "3 for image input left out" in report
+    torch.testing.assert_close(predicted - base, change, rtol=0, atol=1e-3)
+
+
+def test_nothing_matched_is_an_error(comfyui, native):
+    save_file({f"lora_unet__transformer_blocks_0_attn1_to_q.{part}": torch.ones(4, 4) for part in DOWN_UP},
+              comfyui.base / "models" / "loras" / "cog.safetensors")  # fmt: skip
+    outcome = comfyui.run(sampled(to_model("cog.safetensors")))
+    assert outcome.status == "error"
+    assert "was made for another model" in outcome.message
+    assert "CogVideoX" in outcome.message
+
+
+def test_strength_zero_and_the_opposite(comfyui, native, base):
+    save_file(spelled(native, *FORMATS["bare"]), comfyui.base / "models" / "loras" / "bare.safetensors")
+    assert torch.equal(velocity(comfyui, to_model("bare.safetensors", 0.0))[0], base)
+    opposite = velocity(comfyui, to_model("bare.safetensors", -0.01))[0] - base
+    little = velocity(comfyui, to_model("bare.safetensors", 0.01))[0] - base
+    cosine = torch.nn.functional.cosine_similarity(opposite.flatten(), little.flatten(), dim=0)
+    assert float(cosine) < -0.95
+    again = velocity(comfyui)[0]
+    assert torch.equal(again, base)
+
+
+def test_our_own_nodes_take_a_window_and_an_expert(comfyui):
+    graph = graphs.apply("builtin: colour fix", 1.0, steps=4)
+    graph["2"]["inputs"] |= {"expert": "auto", "start": 0.5, "end": 1.0}
+    outcome = comfyui.run(graph)
+    assert outcome.status == "success", outcome.message
+    assert "steps from 50% to 100%" in outcome.outputs["2"]["text"][0]
+    graph["2"]["inputs"]["expert"] = "low_noise"
+    assert "expert must be one of auto, transformer" in comfyui.run(graph).message
+    graph["2"]["inputs"] |= {"expert": "auto", "start": 1.0}
+    assert "0 <= start < end <= 1" in comfyui.run(graph).message
+
+
+def test_the_catalogue_needs_no_network_to_say_what_to_do(comfyui):
+    info = comfyui.ask("/object_info/RewardLoraFetchPublishedLora")[1]["RewardLoraFetchPublishedLora"]
+    assert len(info["input"]["required"]["name"][1]["options"]) == 14
+    target = comfyui.base / "models" / "loras" / "Wan2.1-Fun-1.3B-InP-MPS.safetensors"
+    target.write_bytes((graphs.WORKFLOWS.parent / "assets" / "tiny_reward_lora.safetensors").read_bytes())
+    graph = {"1": graphs.node("FetchPublishedLora", name="Wan2.1-Fun-1.3B-InP-MPS")}
+    outcome = comfyui.run(graph)
+    assert outcome.status == "success", outcome.message
+    assert "shown at strength 0.7" in outcome.outputs["1"]["text"][0]
