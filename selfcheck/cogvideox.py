@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..training.gradient import Walk
 from ..video_models.cogvideox import CogVideoXModel, position_table, resize_positions, rotary_of
-from ..video_models.cogvideox_files import describe
+from ..video_models.cogvideox_files import build_transformer, describe
 from ..video_models.solvers import Ddim
 from . import parity
 from .exactness import relative_error
@@ -29,14 +29,14 @@ def build(
     scheduler: Mapping,
 ) -> CogVideoXModel:  # fmt: skip
     """A float32 model; a part without a configuration is replaced by a tiny one nobody asks."""
-    from diffusers import AutoencoderKLCogVideoX, CogVideoXTransformer3DModel
+    from diffusers import AutoencoderKLCogVideoX
 
     if config is None:
         config = {"num_attention_heads": 1, "attention_head_dim": 16, "num_layers": 0, "time_embed_dim": 4}
         config |= {"text_embed_dim": 4, "use_rotary_positional_embeddings": True}
     if vae_config is None:
         vae_config = {"block_out_channels": [4, 4, 4, 4], "layers_per_block": 1, "norm_num_groups": 2}
-    network, decoder = CogVideoXTransformer3DModel.from_config(dict(config)), AutoencoderKLCogVideoX(**vae_config)
+    network, decoder = build_transformer(config), AutoencoderKLCogVideoX(**vae_config)
     for module, tensors in ((network, transformer), (decoder, vae)):
         if tensors:
             module.load_state_dict(tensors)

@@ -159,7 +159,7 @@ class CogVideoXModel:
         start, end = (fit_image(name, v, batch, size) for name, v in (("start", start), ("end", end)))
         if extra != c:
             frames, factor = (t - 1) * self.spec.temporal_stride + 1, self.vae.config.scaling_factor
-            noise = getattr(config, "add_noise_in_inpaint_model", False)
+            noise = config.add_noise_in_inpaint_model
             given = masked_latents(self.encode, start, end, frames, latent_shape, factor, noise)
         elif start is None:
             given = torch.zeros(1, extra, t, h, w)

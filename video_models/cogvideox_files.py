@@ -110,8 +110,11 @@ def read_solver(path: Path, variant: str, snr_shift_scale: float | None = None) 
 
 
 def build_transformer(config: Mapping[str, Any]) -> nn.Module:
-    """diffusers' transformer, with its computed position table on the CPU."""
-    module = diffusers(TRANSFORMER)(config)
+    """diffusers' transformer, with its computed position table on the CPU, and VideoX-Fun's one option more."""
+    known = {"add_noise_in_inpaint_model": False, **config}
+    extra = {"add_noise_in_inpaint_model": known.pop("add_noise_in_inpaint_model")}
+    module = diffusers(TRANSFORMER)(known)
+    module.register_to_config(**extra)
     patch = module.patch_embed
     if patch.use_positional_embeddings and not patch.use_learned_positional_embeddings:
         with torch.device("cpu"):
