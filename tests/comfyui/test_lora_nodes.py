@@ -186,9 +186,8 @@ def test_plain_additions_of_cores_own_training(comfyui, native, base):
 
 @pytest.mark.parametrize("layout", ["dotted", "videox-fun"])
 def test_cores_own_loader_takes_what_we_write(comfyui, native, base, change, layout):
-    write_lora(
-        comfyui.base / "models" / "loras" / f"{layout}.safetensors", native.lora, native.names, {}, layout=layout
-    )
+    file = comfyui.base / "models" / "loras" / f"{layout}.safetensors"
+    write_lora(file, native.lora, native.names, {}, layout=layout)
     read = len(comfyui.log.read_text())
     inputs = {"model": ["1", 0], "lora_name": file.name, "strength_model": STRENGTH}
     predicted, _ = velocity(comfyui, {"class_type": "LoraLoaderModelOnly", "inputs": inputs})
