@@ -5,6 +5,7 @@ import pickle
 import subprocess
 import sys
 import zipfile
+from pathlib import Path
 
 import pytest
 import torch
@@ -151,11 +152,68 @@ def test_every_bad_file_gives_one_sentence_that_names_it(tmp_path):
         assert caught.value.__cause__ is None
 
 
-def test_quantised_weights_are_refused(tmp_path):
-    path = tmp_path / "model.safetensors"
-    save_file({"a": torch.zeros(2, dtype=torch.float8_e4m3fn)}, path)
-    with pytest.raises(WeightFileError, match="quantised"):
-        read_weights(path)
+@pytest.mark.parametrize("names", [("scale_weight", "scale_input", "scaled_fp8"), ("weight_scale", "input_scale", "")])
+def test_float8_weights_are_multiplied_by_their_scales(tmp_path, names):
+    """As ComfyUI's two spellings store them: a plain tensor, and one with a factor beside it."""
+    path, (factor, ours, mark) = tmp_path / "model.safetensors", names
+    tensors = {"linear.weight": (TENSORS["linear.weight"] / 0.25).to(torch.float8_e4m3fn)}
+    tensors |= {"linear.bias": TENSORS["linear.bias"].to(torch.float8_e4m3fn)}
+    tensors |= {f"linear.{factor}": torch.tensor(0.25), f"linear.{ours}": torch.tensor(1.0)}
+    tensors |= {mark or "linear.comfy_quant": torch.zeros(2, dtype=torch.uint8)}
+    save_file(tensors, path)
+    net = meta_net()
+    load_weights(net, read_weights(path), path, dtype=torch.bfloat16)
+    assert net.linear.weight.dtype == torch.bfloat16
+    assert net.linear.weight.tolist() == TENSORS["linear.weight"].tolist()
+    assert net.linear.bias.tolist() == [1, 1]
+
+
+def test_integers_in_place_of_weights_are_refused(tmp_path):
+    tensors = TENSORS | {"linear.weight": torch.zeros(2, 2, dtype=torch.int8)}
+    with pytest.raises(WeightFileError, match=r"is quantised \(linear.weight is int8\); take a file of 16 or 32 bits"):
+        load_weights(meta_net(), tensors, tmp_path / "x.safetensors", dtype=torch.float32)
+
+
+MEMORY = """
+import re, sys, torch
+from pathlib import Path
+from reward_lora.video_models.files import load_weights, read_weights
+def high(): return int(re.search("VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) * 1024
+class Net(torch.nn.Module):
+    def __init__(self, count, size):
+        super().__init__()
+        self.layers = torch.nn.ModuleList(torch.nn.Linear(size, size, bias=False) for _ in range(count))
+path, dtype, count, size = Path(sys.argv[1]), getattr(torch, sys.argv[2]), int(sys.argv[3]), int(sys.argv[4])
+with torch.device("meta"):
+    net = Net(count, size)
+torch.ones(4, 4).to(torch.bfloat16) @ torch.ones(4, 4).to(torch.bfloat16)
+before = high()
+load_weights(net, read_weights(path), path, dtype=dtype)
+total = sum(float(p.detach()[::64, ::64].float().sum()) for p in net.parameters())
+print(high() - before, total)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="the system does not tell which pages are a file's")
+@pytest.mark.parametrize(
+    ("stored", "wanted"), [("float32", "float32"), ("bfloat16", "bfloat16"), ("float32", "bfloat16")]
+)
+@pytest.mark.parametrize("suffix", [".safetensors", ".pth"])
+def test_loading_needs_no_second_copy(tmp_path, stored, wanted, suffix):
+    """The peak of a process that loads and touches the weights: the file's size and a quarter are allowed."""
+    count, size = 24, 1024
+    path = tmp_path / f"model{suffix}"
+    generator = torch.Generator().manual_seed(0)
+    tensors = {
+        f"layers.{i}.weight": torch.randn(size, size, generator=generator).to(getattr(torch, stored))
+        for i in range(count)
+    }
+    (save_file if suffix == ".safetensors" else torch.save)(tensors, path)
+    command = [sys.executable, "-c", MEMORY, str(path), wanted, str(count), str(size)]
+    peak, total = map(float, subprocess.run(command, check=True, capture_output=True, text=True).stdout.split())
+    assert peak <= 1.25 * path.stat().st_size
+    expected = sum(float(t.to(getattr(torch, wanted))[::64, ::64].float().sum()) for t in tensors.values())
+    assert total == pytest.approx(expected, rel=1e-6)
 
 
 def test_weights_of_another_model_are_named(tmp_path):

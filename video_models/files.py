@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..files import WeightFileError, existing, read_pickle, read_safetensors, unreadable
+from .pages import FilePages
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -83,17 +84,27 @@ def load_weights(
 ) -> None:
     """Put tensors into a module that was built on the meta device, each converted once and never copied twice.
 
+    A tensor that has been converted or has gone to a GPU leaves no pages of its file in memory.
+
     Args:
         module: Parameters and persistent buffers on the meta device; other buffers must be real already.
-        tensors: One for every name of ``module.state_dict()``, of the same shape.
+        tensors: One for every name of ``module.state_dict()``, of the same shape; in float8 perhaps, with scales
+            as :func:`split_scales` knows them.
         source: Where they come from, for messages.
         dtype, device: What floating-point tensors become.
         keep_float32: Parts of dotted names whose tensors stay float32 when ``dtype`` has 16 bits.
 
     Raises:
-        WeightFileError: A name is missing or unexpected, or a shape differs.
+        WeightFileError: A name is missing or unexpected, a shape differs, or a weight is quantised to integers.
     """
+    tensors, scales = split_scales(tensors)
     expected = module.state_dict()
+    packed = [n for n in expected if n in tensors and expected[n].is_floating_point() > tensors[n].is_floating_point()]
+    if packed:
+        kind = str(tensors[packed[0]].dtype).removeprefix("torch.")
+        raise WeightFileError(
+            f"{source} is quantised ({packed[0]} is {kind}); take a file of 16 or 32 bits, or of plain or scaled float8"
+        )
     missing, unexpected = sorted(expected.keys() - tensors.keys()), sorted(tensors.keys() - expected.keys())
     kind = type(module).__name__
     if missing or unexpected:
@@ -115,17 +126,46 @@ def load_weights(
             f"{list(tensors[name].shape)} where the config says {list(expected[name].shape)}; "
             "the config and the weights belong to different models"
         )
-    narrow = dtype in (torch.float16, torch.bfloat16)
-    state = {}
+    if dtype not in (torch.float16, torch.bfloat16):
+        keep_float32 = ()
+    pages, converted = FilePages(), {}  # by identity: a tied weight comes under two names
     for name, tensor in tensors.items():
-        kept = narrow and not set(keep_float32).isdisjoint(name.split("."))
-        wanted = (torch.float32 if kept else dtype) if tensor.is_floating_point() else tensor.dtype
-        state[name] = tensor.to(device, wanted)
+        if id(tensor) not in converted:
+            wanted = torch.float32 if not set(keep_float32).isdisjoint(name.split(".")) else dtype
+            converted[id(tensor)] = _convert(tensor, scales.get(name), wanted, device)
+            if converted[id(tensor)] is not tensor:
+                pages.release(tensor)
+    state = {name: converted[id(tensor)] for name, tensor in tensors.items()}
     module.load_state_dict(state, assign=True)
     module.to(device)  # the buffers that no file holds
     unset = [n for n, t in (*module.named_parameters(), *module.named_buffers()) if t.is_meta]
     if unset:
         raise WeightFileError(f"{source} leaves {_first_few(unset)} of {kind} without a value")
+
+
+def _convert(tensor: Tensor, scale: Tensor | None, dtype: torch.dtype, device: torch.device | str) -> Tensor:
+    if not tensor.is_floating_point():
+        return tensor.to(device)
+    if scale is None:
+        return tensor.to(device, dtype)
+    scale = scale.to(device, torch.float32).reshape(-1, *(1,) * (tensor.ndim - 1))  # one, or one a row
+    return (tensor.to(device, torch.float32) * scale).to(dtype)
+
+
+def split_scales(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Weights, and the factor of each that ComfyUI's 8-bit files keep beside it.
+
+    Both spellings of ``comfy/ops.py``: ``scale_weight`` with a mark ``scaled_fp8``, and ``weight_scale`` with
+    ``comfy_quant``; what scales the layer's input in 8-bit arithmetic is left out.
+    """
+    weights, scales = {}, {}
+    for name, tensor in tensors.items():
+        module, _, last = name.rpartition(".")
+        if last in ("scale_weight", "weight_scale"):
+            scales[f"{module}.weight"] = tensor
+        elif last not in ("scale_input", "input_scale", "scaled_fp8", "comfy_quant"):
+            weights[name] = tensor
+    return weights, scales
 
 
 def count_numbered(tensors: Mapping[str, Tensor], before: str) -> int:
@@ -164,10 +204,4 @@ def _first_few(names: Collection[str]) -> str:
 def _checked(path: Path, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     if not tensors:
         raise WeightFileError(f"{path} holds no tensors; download it again")
-    small = [name for name, tensor in tensors.items() if tensor.is_floating_point() and tensor.element_size() < 2]
-    if small:
-        raise WeightFileError(
-            f"{path} is quantised ({small[0]} is {str(tensors[small[0]].dtype).removeprefix('torch.')}); "
-            "load the publisher's 16- or 32-bit file"
-        )
     return tensors
