@@ -9,7 +9,8 @@ from .generate import GenerateVideo
 from .lora import ApplyRewardLora, SaveRewardLora
 from .lora_catalog import FetchPublishedLora
 from .lora_model import ApplyRewardLoraToModel
-from .reward import LoadReward, ScoreFrames
+from .reward import CombineRewards, LoadReward
+from .score import Compare, PickBest, ScoreFrames
 from .train import TrainRewardLora
 from .video_model import LoadVideoModel
 
@@ -17,7 +18,10 @@ NODES: list[type[io.ComfyNode]] = [
     LoadVideoModel,
     GenerateVideo,
     LoadReward,
+    CombineRewards,
     ScoreFrames,
+    PickBest,
+    Compare,
     TrainRewardLora,
     ApplyRewardLora,
     ApplyRewardLoraToModel,

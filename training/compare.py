@@ -140,12 +140,17 @@ def ranking_picture(clips: Sequence[Tensor], scores: Sequence[float], order: Seq
     """
     from matplotlib.figure import Figure
 
-    columns = min(3, len(order))
+    columns = len(order) if len(order) < 3 else 2 if len(order) == 4 else 3
     rows = -(-len(order) // columns)
     strips = []
     for index in order:
         images = to_uint8(clips[index][:, sorted({0, clips[index].shape[1] // 2, clips[index].shape[1] - 1})])
-        strips.append(np.concatenate(list(images), axis=1))
+        gap = max(1, images.shape[2] // 40)  # a white line between the frames
+        strips.append(
+            np.concatenate(list(np.pad(images, ((0, 0), (0, 0), (0, gap), (0, 0)), constant_values=255)), axis=1)[
+                :, :-gap
+            ]
+        )
     tallest = max(strip.shape[0] / strip.shape[1] for strip in strips)
     figure = Figure(figsize=(4.2 * columns, 0.5 + rows * (0.45 + 4.1 * tallest)), dpi=110)
     panels = figure.subplots(rows, columns, squeeze=False).ravel()
@@ -154,8 +159,8 @@ def ranking_picture(clips: Sequence[Tensor], scores: Sequence[float], order: Seq
     for place, (axes, index, strip) in enumerate(zip(panels, order, strips, strict=False), 1):
         axes.imshow(strip, aspect="equal")
         style = {"color": FOR, "fontweight": "bold"} if place == 1 else {"color": PLAIN}
-        axes.set_title(f"{place}.   clip {index + 1}   {scores[index]:.4f}", fontsize=11, **style)
-    figure.suptitle(_shortened(reward), fontsize=12)
+        axes.set_title(f"{place}.   clip {index + 1}   {scores[index]:.4f}", fontsize=14, **style)
+    figure.suptitle(_shortened(reward), fontsize=13)
     figure.tight_layout()
     return figure_pixels(figure)
 

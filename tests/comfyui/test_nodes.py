@@ -25,12 +25,15 @@ NODES = {
     "RewardLoraLoadVideoModel": "Load Video Model",
     "RewardLoraGenerateVideo": "Generate Video",
     "RewardLoraLoadReward": "Load Reward",
+    "RewardLoraCombineRewards": "Combine Rewards",
     "RewardLoraScoreFrames": "Score Frames",
+    "RewardLoraPickBest": "Pick Best of N",
+    "RewardLoraCompare": "Compare",
     "RewardLoraTrainRewardLora": "Train Reward LoRA",
     "RewardLoraApplyRewardLora": "Apply Reward LoRA",
     "RewardLoraSaveRewardLora": "Save Reward LoRA",
 }
-WORKFLOWS = ("train_reward_lora", "apply_reward_lora", "score_frames")
+WORKFLOWS = ("train_reward_lora", "apply_reward_lora", "score_frames", "pick_best")
 
 
 @pytest.fixture(scope="module")
