@@ -20,7 +20,8 @@ import torch
 
 from ..lora.adapter import inject_new, total_norm
 from ..selfcheck.exactness import ToyReward, one_graph
-from ..training.gradient import Objective, Walk, judge, replay, rollout
+from ..training.gradient import Walk, replay, rollout
+from ..training.judge import Objective, judge
 from ..training.schedule import BackpropSchedule
 from ..video_models.protocol import ModelSpec
 from ..video_models.wan import WanModel

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from ..lora.adapter import Adapter, inject_new
-from ..training.gradient import Objective, Walk, judge, replay, rollout
+from ..training.gradient import Walk, replay, rollout
+from ..training.judge import Objective, View, judge
 from ..training.schedule import BackpropSchedule, Plan
 from ..video_models.protocol import ModelSpec
 from .report import Line
@@ -115,7 +116,7 @@ def check() -> Iterator[Line]:
                 for batched in (True, False):
                     ours_walk = replace(walk, batched_guidance=batched)
                     final, kept = rollout(ours_walk, noise, plan)
-                    verdict = judge(ours_walk, final, reward, ["", ""], objective, judged_latents=0)
+                    verdict = judge(ours_walk, final, reward, ["", ""], objective, View(0))
                     replay(ours_walk, kept, plan, verdict.gradient, schedule.coupling)
                     worst = max(worst, relative_error(gradients(adapter), reference))
                     worst = max(worst, relative_error({"": final}, {"": expected_final}))

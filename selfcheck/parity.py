@@ -12,7 +12,8 @@ from torch import Tensor
 from ..lora.adapter import Adapter, inject_weights, linear_shapes
 from ..lora.files import match, read_lora
 from ..lora.names import ModuleNames, split_key
-from ..training.gradient import Objective, Walk, judge, replay, rollout
+from ..training.gradient import Walk, replay, rollout
+from ..training.judge import Objective, View, judge
 from ..training.schedule import BackpropSchedule, Plan
 from ..video_models.protocol import VideoModel
 from .exactness import relative_error
@@ -106,6 +107,7 @@ def check_train_step(
     adapter = with_lora(model, fixture, 1.0)
     adapter.train()
     reward = WeightedMean(io["reward_weight"])
+    view = View(int(meta.get("num_decoded_latents") or 1), int(meta.get("num_sampled_frames") or 0))
     objective = Objective(meta.get("max_reward"), float(meta.get("loss_scale", 1.0)), hinge=False)
     for name, strategy in meta["strategies"].items():
         schedule = schedule_of(strategy)
@@ -114,9 +116,7 @@ def check_train_step(
             # A random strategy's draw is the reference's own chance; its steps are given.
             plan = Plan(sigmas, tuple(sorted(strategy["backprop_steps"])))
         final, kept = rollout(walk, noise, plan)
-        verdict = judge(walk, final, reward, [""] * noise.shape[0], objective,
-                        judged_latents=int(meta.get("num_decoded_latents") or 1),
-                        judged_frames=int(meta.get("num_sampled_frames") or 0))  # fmt: skip
+        verdict = judge(walk, final, reward, [""] * noise.shape[0], objective, view)
         replay(walk, kept, plan, verdict.gradient, schedule.coupling)
         yield Line(f"{name}, latents", "", largest(final, final_latents), tolerance(fixture, "latents", 1e-4))
         yield Line(f"{name}, frames", "", largest(verdict.frames, io["frames"]), tolerance(fixture, "frames", 1e-4))

@@ -6,7 +6,8 @@ import pytest
 import torch
 from reward_lora.lora.adapter import inject_new
 from reward_lora.selfcheck import exactness
-from reward_lora.training.gradient import Objective, Walk, judge, replay, rollout
+from reward_lora.training.gradient import Walk, replay, rollout
+from reward_lora.training.judge import Objective, View, judge
 from reward_lora.training.schedule import BackpropSchedule
 
 pytestmark = [
@@ -26,7 +27,7 @@ def gradients_of_a_step(device):
     walk = Walk(model, model.conditioning([text], [text * 0], exactness.LATENT_SHAPE), 3.0)
     plan = BackpropSchedule("tail", 3).draw(model.sigmas(exactness.STEPS), 0)
     final, kept = rollout(walk, model.initial_latents(exactness.LATENT_SHAPE, [4]), plan)
-    verdict = judge(walk, final, exactness.ToyReward(), [""], Objective(), judged_latents=0)
+    verdict = judge(walk, final, exactness.ToyReward(), [""], Objective(), View(0))
     replay(walk, kept, plan, verdict.gradient)
     return {key: value.cpu() for key, value in exactness.gradients(adapter).items()}
 

@@ -8,7 +8,8 @@ import pytest
 import torch
 from reward_lora.lora.adapter import inject_new
 from reward_lora.selfcheck import exactness
-from reward_lora.training.gradient import Objective, Walk, judge, pick_frames, replay, rollout
+from reward_lora.training.gradient import Walk, replay, rollout
+from reward_lora.training.judge import Objective, View, judge
 from reward_lora.training.schedule import BackpropSchedule, Plan
 
 
@@ -34,7 +35,7 @@ def step():
     def run(coupling=1.0, trained=(2, 4), guidance=3.0):
         ours = replace(walk, guidance_scale=guidance)
         final, kept = rollout(walk, noise, Plan(plan.sigmas, tuple({2, 4, *trained})))
-        verdict = judge(walk, final, exactness.ToyReward(), [""], Objective(), judged_latents=0)
+        verdict = judge(walk, final, exactness.ToyReward(), [""], Objective(), View(0))
         replay(ours, kept, Plan(plan.sigmas, trained), verdict.gradient, coupling)
         return exactness.gradients(adapter)
 
@@ -58,11 +59,14 @@ def test_objective():
     assert Objective(1.0, 1.0, hinge=False)(rewards).tolist() == pytest.approx([0.8, 0.5])
 
 
-def test_pick_frames_spreads_from_first_to_last():
-    frames = torch.arange(9.0).view(1, 1, 9, 1, 1)
-    assert pick_frames(frames, 3).flatten().tolist() == [0, 4, 8]
-    assert pick_frames(frames, 1).flatten().tolist() == [0]
-    assert pick_frames(frames, 0).shape[2] == pick_frames(frames, 20).shape[2] == 9
+def test_a_view_spreads_from_first_to_last_or_draws():
+    assert View(frames=3).pick(9) == [0, 4, 8]
+    assert View(frames=1).pick(9) == [0]
+    assert View(frames=0).pick(9) == View(frames=20).pick(9) == list(range(9))
+    drawn = [View(frames=3, choice="random", seed=seed).pick(9) for seed in range(50)]
+    assert all(picked == sorted(set(picked)) and len(picked) == 3 for picked in drawn)
+    assert {index for picked in drawn for index in picked} == set(range(9))
+    assert drawn == [View(frames=3, choice="random", seed=seed).pick(9) for seed in range(50)]
 
 
 def test_a_reward_without_gradient_is_refused(wan):

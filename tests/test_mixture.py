@@ -7,7 +7,8 @@ import torch
 from reward_lora.reward_models.mixture import WARM_UP, Mixture, MixtureSettings
 from reward_lora.reward_models.protocol import Reward
 from reward_lora.reward_models.spelling import Term, parse
-from reward_lora.training.gradient import Objective, Walk, judge
+from reward_lora.training.gradient import Walk
+from reward_lora.training.judge import Objective, View, judge
 
 
 class Smooth:
@@ -248,7 +249,7 @@ def test_judge_takes_the_gradient_of_a_mixture_as_it_is(wan, reward):
     walk = Walk(wan, conditioning, 1.0)
 
     def gradient(mix):
-        return judge(walk, latents, mix, ["", ""], Objective(), judged_latents=0)
+        return judge(walk, latents, mix, ["", ""], Objective(), View(0))
 
     plain, doubled = gradient(reward), gradient(mixture(reward, reward, balanced=True))
     torch.testing.assert_close(doubled.gradient, 2 * plain.gradient)

@@ -10,8 +10,9 @@ from typing import Any, Literal, get_args
 
 from ..files import canonical_json
 from ..video_models.protocol import ModelSpec
-from .gradient import Objective
+from .judge import FrameChoice, Objective, View
 from .schedule import BackpropSchedule
+from .seeds import seed_for
 
 Schedule = Literal["constant", "linear", "cosine"]
 SaveType = Literal["bfloat16", "float16", "float32"]
@@ -59,7 +60,10 @@ class TrainConfig:
         batched_guidance: Both guidance branches in one call of the rollout; off saves memory there.
         backprop: Which solver steps are trained.
         judged_latents: How many latent frames, from the first, are decoded and judged; 0 is all.
-        judged_frames: How many of the decoded frames the reward sees, spread evenly; 0 is all.
+        judged_frames: How many of the decoded frames the reward sees; 0 is all.
+        judged_choice: Which frames these are: even spreads them, first and last included; random draws them anew
+            at every step.
+        checkpoint_vae: Checkpoint the blocks of the VAE's decoder: less memory in the judge, more time.
         objective: From rewards to a loss.
         seed: Source of all chance.
         save_every: Steps between checkpoints.
@@ -98,6 +102,8 @@ class TrainConfig:
     backprop: BackpropSchedule = field(default_factory=BackpropSchedule)
     judged_latents: int = 1
     judged_frames: int = 0
+    judged_choice: FrameChoice = "even"
+    checkpoint_vae: bool = False
     objective: Objective = field(default_factory=Objective)
     seed: int = 42
     save_every: int = 25
@@ -124,7 +130,7 @@ class TrainConfig:
         for name in ("beta1", "beta2"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} must lie in 0..1 without 1, got {getattr(self, name)}")
-        for name, kind in (("lr_schedule", Schedule), ("save_dtype", SaveType)):
+        for name, kind in (("lr_schedule", Schedule), ("save_dtype", SaveType), ("judged_choice", FrameChoice)):
             if getattr(self, name) not in get_args(kind):
                 raise ValueError(f"{name} must be one of {', '.join(get_args(kind))}, got {getattr(self, name)!r}")
 
@@ -155,6 +161,11 @@ class TrainConfig:
             )
         filled.backprop.check(filled.sampler_steps)
         return filled
+
+    def view_at(self, step: int) -> View:
+        """What the reward sees at a draw of a batch, counted from 0."""
+        seed = seed_for("frames", self.seed, step)
+        return View(self.judged_latents, self.judged_frames, self.judged_choice, self.checkpoint_vae, seed)
 
     def lr_at(self, step: int) -> float:
         """Learning rate of a step, counted from 0."""

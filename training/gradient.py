@@ -1,21 +1,20 @@
-"""Rollout, judge, replay: the exact reward gradient at the memory of one denoiser step.
+"""Rollout and replay: with the judge between them, the exact reward gradient at the memory of one denoiser step.
 
-The rollout keeps only the latents that enter trained steps. The judge returns ``g = d loss / d x_final``.
-The replay walks back: a trained step is recomputed once with gradient, everything else is the solver's own
-linear map. DRaFT (arXiv 2309.17400), AlignProp (2310.03739), DRTune (2405.00760) and ReFL (2304.05977) are
-settings of the same walk; see :class:`.schedule.BackpropSchedule`.
+The rollout keeps only the latents that enter trained steps. The judge (:mod:`.judge`) returns
+``g = d loss / d x_final``. The replay walks back: a trained step is recomputed once with gradient,
+everything else is the solver's own linear map. DRaFT (arXiv 2309.17400), AlignProp (2310.03739), DRTune
+(2405.00760) and ReFL (2304.05977) are settings of the same walk; see :class:`.schedule.BackpropSchedule`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from ..lora.adapter import at_step
-from ..reward_models.protocol import Reward
 from ..video_models.protocol import Conditioning, Tick, VideoModel
 from .schedule import Plan
 from .seeds import seed_for
@@ -91,98 +90,6 @@ def rollout(walk: Walk, x: Tensor, plan: Plan) -> tuple[Tensor, dict[int, Tensor
             kept[i] = x
         x = walk.step(x, walk.predict(x, plan.sigmas[i]), plan, i)
     return x, kept
-
-
-@dataclass(frozen=True)
-class Objective:
-    """From rewards to a loss.
-
-    Attributes:
-        target: Reward to aim at; None maximises without end.
-        loss_scale: Factor on every sample's loss.
-        hinge: With a target, stop pushing samples that have reached it (``relu(target - r)``);
-            otherwise ``|target - r|``, as VideoX-Fun has it, which pulls them back.
-    """
-
-    target: float | None = None
-    loss_scale: float = 1.0
-    hinge: bool = True
-
-    def __call__(self, rewards: Tensor) -> Tensor:
-        """Loss ``[B]`` of rewards ``[B]``."""
-        if self.target is None:
-            loss = -rewards
-        else:
-            gap = self.target - rewards
-            loss = gap.relu() if self.hinge else gap.abs()
-        return self.loss_scale * loss
-
-
-@dataclass(frozen=True)
-class Judgement:
-    """What the judge said of a batch.
-
-    Attributes:
-        rewards: ``[B]``.
-        loss: Mean over the batch.
-        gradient: ``d loss / d x_final``, shaped like the latents.
-        frames: ``[B, 3, T, H, W]`` that were judged.
-    """
-
-    rewards: Tensor
-    loss: float
-    gradient: Tensor = field(repr=False)
-    frames: Tensor = field(repr=False)
-
-    @property
-    def finite(self) -> bool:
-        """Whether every reward and every entry of the gradient is a finite number."""
-        return bool(torch.isfinite(self.rewards).all() and torch.isfinite(self.gradient).all())
-
-
-def pick_frames(frames: Tensor, count: int) -> Tensor:
-    """``count`` frames spread evenly over ``[B, C, T, H, W]``, first and last included; 0 takes all."""
-    total = frames.shape[2]
-    if count <= 0 or count >= total:
-        return frames
-    return frames[:, :, torch.linspace(0, total - 1, count).long().tolist()]
-
-
-def judge(
-    walk: Walk,
-    latents: Tensor,
-    reward: Reward,
-    prompts: Sequence[str],
-    objective: Objective,
-    *,
-    judged_latents: int = 1,
-    judged_frames: int = 0,
-) -> Judgement:
-    """Decode, score, and take the gradient back to the latents; VAE and reward graphs end here.
-
-    Args:
-        walk: Gives the model.
-        latents: Final latents ``[B, C, t, h, w]``.
-        reward: A differentiable reward.
-        prompts: One a sample.
-        objective: From rewards to a loss.
-        judged_latents: How many latent frames, from the first on, are decoded; 0 is all.
-        judged_frames: How many of the decoded frames the reward sees; 0 is all.
-    """
-    latents = latents.detach().requires_grad_()
-    with torch.enable_grad():
-        walk.tick("decode")
-        part = latents[:, :, :judged_latents] if judged_latents else latents
-        frames = pick_frames(walk.model.decode(part), judged_frames)
-        walk.tick("reward")
-        rewards = reward.score(frames, prompts)
-        if not rewards.requires_grad:
-            raise ValueError(
-                f"the reward {reward.name} passes no gradient to the frames, so it can score but not train"
-            )
-        loss = objective(rewards).mean()
-        (gradient,) = torch.autograd.grad(loss, latents)
-    return Judgement(rewards.detach(), float(loss.detach()), gradient, frames.detach())
 
 
 def _solver_vjp(model: VideoModel, like: Tensor, sigma: Tensor, sigma_next: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:

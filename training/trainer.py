@@ -19,8 +19,9 @@ from ..video_models.protocol import Conditioning, Tick, VideoModel
 from .checkpoint import Progress, RunIdentity, list_checkpoints, load_latest, save_checkpoint
 from .config import TrainConfig
 from .events import Evaluation, StepEvent, TrainingStopped
-from .gradient import Judgement, Walk, judge, replay, rollout, silent
+from .gradient import Walk, replay, rollout, silent
 from .interrupts import interrupt_later
+from .judge import Judgement, judge
 from .prompts import EmbeddingStore
 from .run_folder import RunFolder
 from .sample import sample
@@ -221,8 +222,7 @@ class Trainer:
         seeds = [seed_for("noise", c.seed, draw, self._rank, b) for b in range(c.batch_size)]
         walk = Walk(self.model, self._conditioning(prompts), c.guidance_scale, c.batched_guidance, self._tick, seeds)
         latents, kept = rollout(walk, self.model.initial_latents(self._latent_shape, seeds), plan)
-        verdict = judge(walk, latents, self.reward, prompts, c.objective,
-                        judged_latents=c.judged_latents, judged_frames=c.judged_frames)  # fmt: skip
+        verdict = judge(walk, latents, self.reward, prompts, c.objective, c.view_at(draw))
         if verdict.finite:
             replay(walk, kept, plan, verdict.gradient / c.accumulation, c.backprop.coupling)
         return verdict

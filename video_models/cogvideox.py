@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .images import fit_image, masked_latents
-from .protocol import Conditioning, ModelSpec
+from .protocol import Carried, Conditioning, ModelSpec
 from .rotary import rotary_tables
 from .solvers import Ddim
 from .wan import float64_throughout
@@ -201,6 +201,14 @@ class CogVideoXModel:
     def decode(self, latents: Tensor) -> Tensor:
         """See the protocol. An odd number of latent frames gives 4n+1 frames; two give eight, as in VideoX-Fun."""
         return (self.pixels(latents) / 2 + 0.5).clamp(0, 1)
+
+    def chunks(self, latent_frames: int) -> list[int]:
+        return [latent_frames]
+
+    def decode_chunk(
+        self, latents: Tensor, carried: Carried = (), *, save_memory: bool = False
+    ) -> tuple[Tensor, Carried]:
+        return self.decode(latents), ()
 
     def pixels(self, latents: Tensor) -> Tensor:
         """What the VAE paints, about -1..1 and not clamped."""

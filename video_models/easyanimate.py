@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from .easyanimate_keys import original_module_name
 from .easyanimate_text import pack, unpack
 from .images import fit_image, masked_latents
-from .protocol import Conditioning, ModelSpec
+from .protocol import Carried, Conditioning, ModelSpec
 from .rotary import rotary_tables
 from .solvers import Ddim, FlowMatch
 
@@ -193,6 +193,14 @@ class EasyAnimateModel:
         scaled = latents.to(parameter.device, parameter.dtype) / self.vae.config.scaling_factor
         pixels = self.vae.decode(scaled, return_dict=False)[0]
         return (pixels.to(latents.dtype) / 2 + 0.5).clamp(0, 1)
+
+    def chunks(self, latent_frames: int) -> list[int]:
+        return [latent_frames]
+
+    def decode_chunk(
+        self, latents: Tensor, carried: Carried = (), *, save_memory: bool = False
+    ) -> tuple[Tensor, Carried]:
+        return self.decode(latents), ()
 
     @torch.no_grad()
     def encode(self, frames: Tensor) -> Tensor:

@@ -13,15 +13,12 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from .protocol import Conditioning, ModelSpec
+from .protocol import Carried, Conditioning, ModelSpec
 from .videocrafter_ddim import Diffusion, ddim_sigmas, ddim_step, scaled_diffusion
 
 TEXT_TOKENS = 77
 LATENT_SCALE = 0.18215
 """Of the latents the UNet sees to those of the VAE."""
-
-DECODED_TOGETHER = 4
-"""Frames the VAE sees at once; it looks at each alone."""
 
 
 class VideoCrafterModel:
@@ -129,11 +126,19 @@ class VideoCrafterModel:
         return ddim_step(self._diffusion, x, prediction, sigma, sigma_next, self._eta, noise)
 
     def decode(self, latents: Tensor) -> Tensor:
+        return torch.cat([self.decode_chunk(frame)[0] for frame in latents.split(1, dim=2)], dim=2)
+
+    def chunks(self, latent_frames: int) -> list[int]:
+        return [1] * latent_frames
+
+    def decode_chunk(
+        self, latents: Tensor, carried: Carried = (), *, save_memory: bool = False
+    ) -> tuple[Tensor, Carried]:
+        """As in the protocol. Nothing is carried: the VAE looks at each frame alone."""
         parameter = next(self.vae.parameters())
-        frames = latents.transpose(1, 2).flatten(0, 1).to(parameter.device, parameter.dtype) / LATENT_SCALE
-        pixels = torch.cat([self.vae.decode(part).sample for part in frames.split(DECODED_TOGETHER)])
-        video = pixels.unflatten(0, (latents.shape[0], -1)).transpose(1, 2).to(latents.dtype)
-        return (video / 2 + 0.5).clamp(0, 1)
+        scaled = latents.to(parameter.device, parameter.dtype) / LATENT_SCALE
+        pixels = decode_pictures(self.vae, scaled, latents.shape[0], save_memory=save_memory)
+        return (pixels.to(latents.dtype) / 2 + 0.5).clamp(0, 1), ()
 
     def to(self, device: torch.device | str, *parts: str) -> None:
         modules = {"text": self.text_encoder, "denoiser": self.unet, "vae": self.vae}

@@ -1,0 +1,149 @@
+"""The judge: from final latents to rewards, and the gradient back; VAE and reward graphs begin and end here."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from ..reward_models.protocol import Reward
+from .decoding import Decoder
+from .gradient import Walk
+
+FrameChoice = Literal["even", "random"]
+
+
+@dataclass(frozen=True)
+class Objective:
+    """From rewards to a loss.
+
+    Attributes:
+        target: Reward to aim at; None maximises without end.
+        loss_scale: Factor on every sample's loss.
+        hinge: With a target, stop pushing samples that have reached it (``relu(target - r)``);
+            otherwise ``|target - r|``, as VideoX-Fun has it, which pulls them back.
+    """
+
+    target: float | None = None
+    loss_scale: float = 1.0
+    hinge: bool = True
+
+    def __call__(self, rewards: Tensor) -> Tensor:
+        """Loss ``[B]`` of rewards ``[B]``."""
+        if self.target is None:
+            loss = -rewards
+        else:
+            gap = self.target - rewards
+            loss = gap.relu() if self.hinge else gap.abs()
+        return self.loss_scale * loss
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """What the judge said of a batch.
+
+    Attributes:
+        rewards: ``[B]``.
+        loss: Mean over the batch.
+        gradient: ``d loss / d x_final``, shaped like the latents.
+        frames: ``[B, 3, T, H, W]`` that were judged.
+    """
+
+    rewards: Tensor
+    loss: float
+    gradient: Tensor = field(repr=False)
+    frames: Tensor = field(repr=False)
+
+    @property
+    def finite(self) -> bool:
+        """Whether every reward and every entry of the gradient is a finite number."""
+        return bool(torch.isfinite(self.rewards).all() and torch.isfinite(self.gradient).all())
+
+
+@dataclass(frozen=True)
+class View:
+    """What of a video the reward gets to see.
+
+    Attributes:
+        latents: How many latent frames, from the first on, are decoded; 0 is all.
+        frames: How many of the decoded frames the reward sees; 0 is all.
+        choice: ``even``: spread evenly, first and last included; ``random``: drawn anew at every step, so that
+            all frames are seen in time.
+        save_memory: Checkpoint the blocks of the VAE's decoder while the gradient is taken.
+        seed: Of ``random``.
+    """
+
+    latents: int = 1
+    frames: int = 0
+    choice: FrameChoice = "even"
+    save_memory: bool = False
+    seed: int = 0
+
+    def pick(self, total: int) -> list[int]:
+        """Indices of the frames to see, ascending, of ``total`` decoded ones."""
+        if self.frames <= 0 or self.frames >= total:
+            return list(range(total))
+        if self.choice == "random":
+            return sorted(random.Random(self.seed).sample(range(total), self.frames))
+        return torch.linspace(0, total - 1, self.frames).long().tolist()
+
+
+def judge(
+    walk: Walk, latents: Tensor, reward: Reward, prompts: Sequence[str], objective: Objective, view: View | None = None
+) -> Judgement:
+    """Decode, score, and take the gradient back to the latents.
+
+    Where the model's decoder is causal and the view spans several chunks, the frames are decoded without a graph,
+    scored, and the gradient at the frames goes back chunk by chunk: exact, at the memory of one chunk.
+
+    Args:
+        walk: Gives the model.
+        latents: Final latents ``[B, C, t, h, w]``.
+        reward: A differentiable reward.
+        prompts: One a sample.
+        objective: From rewards to a loss.
+        view: What the reward sees; the frames of the first latent if not given.
+
+    Raises:
+        ValueError: The reward passes no gradient to the frames.
+    """
+    view = view or View()
+    part = (latents[:, :, : view.latents] if view.latents else latents).detach()
+    keep_on = torch.device("cpu") if latents.device.type != "cpu" else None
+    decoder = Decoder(walk.model, walk.tick, view.save_memory, keep_on)
+    if len(decoder.split(part)) == 1:
+        part.requires_grad_()
+        with torch.enable_grad():
+            frames = decoder.with_graph(part)
+            seen = frames[:, :, view.pick(frames.shape[2])]
+            rewards, loss = _score(walk, seen, reward, prompts, objective)
+            (found,) = torch.autograd.grad(loss, part)
+    else:
+        clips, given = decoder.forward(part)
+        lengths = [clip.shape[2] for clip in clips]
+        shown = view.pick(sum(lengths))
+        seen = torch.cat(clips, dim=2)[:, :, shown].requires_grad_()
+        with torch.enable_grad():
+            rewards, loss = _score(walk, seen, reward, prompts, objective)
+            (at_seen,) = torch.autograd.grad(loss, seen)
+        at_frames = at_seen.new_zeros(*seen.shape[:2], sum(lengths), *seen.shape[3:])
+        at_frames[:, :, shown] = at_seen
+        found = decoder.backward(part, given, at_frames.split(lengths, dim=2))
+    gradient = torch.zeros_like(latents)
+    gradient[:, :, : part.shape[2]] = found
+    return Judgement(rewards.detach(), float(loss.detach()), gradient, seen.detach())
+
+
+def _score(
+    walk: Walk, frames: Tensor, reward: Reward, prompts: Sequence[str], objective: Objective
+) -> tuple[Tensor, Tensor]:
+    """Rewards ``[B]`` and their mean loss."""
+    walk.tick("reward")
+    rewards = reward.score(frames, prompts)
+    if not rewards.requires_grad:
+        raise ValueError(f"the reward {reward.name} passes no gradient to the frames, so it can score but not train")
+    return rewards, objective(rewards).mean()
