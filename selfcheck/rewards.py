@@ -28,10 +28,18 @@ PREPROCESSING: dict[str, Callable[[Tensor, int], Tensor]] = {
 
 
 class _Rounded(mps.MpsJudge):
-    """Lets pixels, and their gradient, pass float16, as the reference does."""
+    """Lets pixels pass float16, as the reference does, and their gradient too: at the size it has there, a share of
+    the mean over clips and frames, where float16 has few digits left."""
+
+    share = 1.0
 
     def pixels(self, images: Tensor) -> Tensor:
-        return super().pixels(images).half().float()
+        pixels = super().pixels(images)
+        rounded = pixels.half().float()
+        if rounded.requires_grad:
+            rounded.register_hook(lambda gradient: gradient * self.share)
+            pixels.register_hook(lambda gradient: gradient / self.share)
+        return rounded
 
 
 def check_rewards(fixture: Fixture) -> Iterator[Line]:
@@ -40,8 +48,10 @@ def check_rewards(fixture: Fixture) -> Iterator[Line]:
     for name, config in fixture.meta.get("configs", {}).items():
         if name not in CHECKS:
             yield Line(name, "", None, note=f"the reward {name} is not checked yet")
+        elif not all((fixture.folder / file).is_file() for file in CHECKS[name][0]):
+            yield Line(name, "", None, note=f"the weights of {name} are not in the folder")
         else:
-            yield from CHECKS[name](fixture, io, config)
+            yield from CHECKS[name][1](fixture, io, config)
     if (fixture.folder / "preprocess.safetensors").is_file():
         yield from _check_preprocessing(fixture)
 
@@ -66,6 +76,7 @@ def _check_mps(fixture: Fixture, io: Mapping[str, Tensor], config: Mapping) -> I
     weights = fixture.tensors("mps.safetensors")
     networks = mps.build_mps(weights, _clip_config(config["clip"]), fixture.name, torch.float32)
     judge, rounded = mps.MpsJudge(*networks, _given_ids(io)), _Rounded(*networks, _given_ids(io))
+    rounded.share = 1 / io["frames_u8"][:, 0, :, 0, 0].numel()
     with torch.no_grad():
         texts = [judge.encode_text(str(i)) for i in range(len(io["prompt_ids"]))]
     alike = [i for i, text in enumerate(texts) if torch.equal(text[2], io["mps.text_token_kept"][i])]
@@ -105,13 +116,14 @@ def _check_aesthetic_v25(fixture: Fixture, io: Mapping[str, Tensor], config: Map
     yield from _compare(fixture, io, "aesthetic_v25", judge)
 
 
-CHECKS: dict[str, Callable[[Fixture, Mapping[str, Tensor], Mapping], Iterator[Line]]] = {
-    "pickscore": _check_pickscore,
-    "hps": _check_hps,
-    "mps": _check_mps,
-    "aesthetic_v2": _check_aesthetic_v2,
-    "aesthetic_v25": _check_aesthetic_v25,
+CHECKS: dict[str, tuple[tuple[str, ...], Callable[[Fixture, Mapping[str, Tensor], Mapping], Iterator[Line]]]] = {
+    "pickscore": (("pickscore_clip.safetensors",), _check_pickscore),
+    "hps": (("hps_open_clip.safetensors",), _check_hps),
+    "mps": (("mps.safetensors",), _check_mps),
+    "aesthetic_v2": (("aesthetic_v2_clip_vision.safetensors", "aesthetic_v2_mlp.safetensors"), _check_aesthetic_v2),
+    "aesthetic_v25": (("aesthetic_v25_siglip.safetensors",), _check_aesthetic_v25),
 }
+"""The files of weights a check needs, and the check."""
 
 
 def _compare(
