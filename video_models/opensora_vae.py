@@ -7,15 +7,17 @@ all frames of a chunk, so no frame is independent of a later one.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from .files import count_numbered
+from .pictures import decode_pictures
 
 SPATIAL_SCALE = 0.18215
 """Between the two parts, whatever the spatial one's own configuration says."""
@@ -192,30 +194,31 @@ class OpenSoraVae(nn.Module):
         for name in ("scale", "shift"):
             self.register_buffer(name, torch.zeros(1, temporal.embed_dim, 1, 1, 1))
 
-    def decode(self, latents: Tensor, frames: int | None = None) -> Tensor:
+    def decode(self, latents: Tensor, frames: int | None = None, *, save_memory: bool = False) -> Tensor:
         """Pixels ``[B, 3, T, H, W]`` around -1..1 of latents ``[B, C, t, h, w]`` as the denoiser sees them.
 
         Args:
             latents: Any number of them.
             frames: How many frames they stand for; by :func:`frames_of` if not given.
+            save_memory: Checkpoint the temporal part, and the blocks of the spatial one.
         """
-        middle = self.decode_time(latents, frames) / SPATIAL_SCALE
-        pictures = middle.transpose(1, 2).flatten(0, 1).split(MICRO_BATCH)
-        pixels = torch.cat([self.spatial_vae["module"].decode(part).sample for part in pictures])
-        return pixels.unflatten(0, (latents.shape[0], -1)).transpose(1, 2)
+        spatial, chunks = self.spatial_vae["module"], self.decode_time(latents, frames, save_memory=save_memory)
+        parts = [decode_pictures(spatial, c / SPATIAL_SCALE, MICRO_BATCH, save_memory=save_memory) for c in chunks]
+        return torch.cat(parts, dim=2)
 
-    def decode_time(self, latents: Tensor, frames: int | None = None) -> Tensor:
-        """What the spatial part is given, ``[B, C, T, h, w]``, chunk by chunk."""
+    def decode_time(self, latents: Tensor, frames: int | None = None, *, save_memory: bool = False) -> Iterator[Tensor]:
+        """What the spatial part is given, ``[B, C, T, h, w]`` of each chunk."""
+        stride = self.temporal_vae.config.stride
         if frames is None:
-            frames = frames_of(latents.shape[2], self.micro_frames, self.temporal_vae.config.stride)
+            frames = frames_of(latents.shape[2], self.micro_frames, stride)
         latents = latents * self.scale.to(latents) + self.shift.to(latents)
-        decoded = []
-        for chunk in latents.split(
-            latents_of(self.micro_frames, self.micro_frames, self.temporal_vae.config.stride), 2
-        ):
-            decoded.append(self.temporal_vae.decode(chunk, min(self.micro_frames, frames)))
-            frames -= self.micro_frames
-        return torch.cat(decoded, dim=2)
+        for chunk in latents.split(latents_of(self.micro_frames, self.micro_frames, stride), dim=2):
+            count = min(self.micro_frames, frames)
+            if save_memory and torch.is_grad_enabled():
+                yield checkpoint(self.temporal_vae.decode, chunk, count, use_reentrant=False)
+            else:
+                yield self.temporal_vae.decode(chunk, count)
+            frames -= count
 
     def encode_space(self, pixels: Tensor) -> Tensor:
         """The spatial part's latents (means) ``[B, C, T, h, w]`` of ``[B, 3, T, H, W]`` in -1..1."""

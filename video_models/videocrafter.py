@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+from .pictures import decode_pictures
 from .protocol import Carried, Conditioning, ModelSpec
 from .videocrafter_ddim import Diffusion, ddim_sigmas, ddim_step, scaled_diffusion
 
