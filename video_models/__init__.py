@@ -19,7 +19,14 @@ if TYPE_CHECKING:
 
 __all__ = ["BASE_MODELS", "BUILTIN", "FAMILIES", "ModelFiles", "WeightFileError", "load_video_model"]
 
-FAMILIES = ("wan_files", "videocrafter_files", "cogvideox_files", "easyanimate_files", "modelscope_files")
+FAMILIES = (
+    "wan_files",
+    "videocrafter_files",
+    "cogvideox_files",
+    "easyanimate_files",
+    "modelscope_files",
+    "opensora_files",
+)
 """Modules with ``detect(folder) -> bool``, ``load(folder, *, dtype, device, text)`` and ``LAYOUTS``."""
 
 BUILTIN = "builtin"

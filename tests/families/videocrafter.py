@@ -14,7 +14,7 @@ from torch import Tensor
 from .wan import Shapes, fill
 
 LAYOUTS = ("original",)
-SIZE = (32, 24, 3)
+SIZE = (16, 8, 3)
 
 UNET = {"base": 320, "multiples": (1, 2, 4, 4), "blocks": 2, "attention": (1, 2, 4), "head": 64, "context": 1024}
 VAE = {"widths": (128, 256, 512, 512), "blocks": 2}
