@@ -59,7 +59,9 @@ def write(folder: Path, layout: str) -> None:
     scheduler |= {"beta_schedule": "scaled_linear", "num_train_timesteps": 1000, "prediction_type": "epsilon"}
     scheduler |= {"set_alpha_to_one": False, "skip_prk_steps": True, "steps_offset": 1, "trained_betas": None}
     write_json(folder / "scheduler" / "scheduler_config.json", scheduler)
-    write_json(folder / "model_index.json", {"_class_name": "TextToVideoSDPipeline"})
+    index = {name: [type(module).__module__.partition(".")[0], type(module).__name__] for name, module in parts.items()}
+    index |= {"scheduler": ["diffusers", "DDIMScheduler"], "tokenizer": ["transformers", "CLIPTokenizer"]}
+    write_json(folder / "model_index.json", {"_class_name": "TextToVideoSDPipeline", **index})
     _write_tokenizer(folder / "tokenizer")
 
 
