@@ -28,6 +28,8 @@ from ..hub import Progress, RemoteFile, fetch
 from .face_detection import FaceDetector, crop_face
 from .files import Part, Request, RewardEntry
 from .iresnet import FaceNetwork
+from .preprocess import unit_range
+from .scoring import CHUNK, check_clips, score_images
 
 log = logging.getLogger(__name__)
 
@@ -35,7 +37,6 @@ LICENCE = "insightface's weights may be used for non-commercial research only"
 DETECTORS = ("scrfd_10g_bnkps.onnx", "det_10g.onnx", "det_2.5g.onnx")
 RECOGNIZERS = ("glintr100.onnx", "w600k_r50.onnx")
 PACKS = ("antelopev2", "buffalo_l", "buffalo_m")
-MAX_FACES_AT_ONCE = 16
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,15 @@ class FaceCounts:
     reference_faces: int
 
 
+@dataclass(frozen=True)
+class _Pool:
+    """The faces of a reference: mean unit embedding ``[D]``, or one zero if there is no face; frames; faces."""
+
+    mean: Tensor
+    frames: int
+    faces: int
+
+
 class FaceIdentity:
     """Mean cosine, -1..1, between the faces of a clip and those of a reference picture or clip.
 
@@ -65,6 +75,7 @@ class FaceIdentity:
     Args:
         detector: Finds landmarks.
         network: Embeds aligned faces.
+        chunk: Frames at once.
 
     Attributes:
         counts: Per sample of the last call to :meth:`score`, what was found.
@@ -74,13 +85,13 @@ class FaceIdentity:
     differentiable = True
     needs = frozenset({"reference"})
 
-    def __init__(self, detector: FaceDetector, network: FaceNetwork) -> None:
-        self.detector, self.network = detector, network.eval().requires_grad_(False)
+    def __init__(self, detector: FaceDetector, network: FaceNetwork, *, chunk: int = CHUNK) -> None:
+        self.detector, self.network, self.chunk = detector, network.eval().requires_grad_(False), chunk
         self.counts: tuple[FaceCounts, ...] = ()
-        self._references: dict[str, tuple[Tensor | None, int]] = {}
+        self._pools: dict[str, _Pool] = {}
 
     @classmethod
-    def load(cls, folder: Path | str, device: str = "cpu") -> FaceIdentity:
+    def load(cls, folder: Path | str, device: str = "cpu", dtype: torch.dtype = torch.float32) -> FaceIdentity:
         """Read a pack of insightface: ``antelopev2`` or ``buffalo_l``, also where its zip nested it in itself.
 
         Raises:
@@ -92,38 +103,50 @@ class FaceIdentity:
             raise WeightFileError(
                 f"{folder} holds no {names}; unpack antelopev2.zip or buffalo_l.zip there ({LICENCE})"
             )
-        return cls(FaceDetector(detector, device), FaceNetwork.load(network).to(device))
+        return cls(FaceDetector(detector, device), FaceNetwork.load(network).to(device, dtype))
 
     def score(self, frames: Tensor, prompts: Sequence[str], *, reference: Tensor | None = None) -> Tensor:
         """See :class:`.protocol.Reward`.
 
         Args:
             frames: ``[B, 3, T, H, W]``.
-            prompts: Not looked at.
+            prompts: Not read.
             reference: ``[B, 3, T, H, W]`` of any size and length, or ``[1, 3, T, H, W]`` for all samples; a picture
                 is a clip of one frame.
         """
+        check_clips(frames, prompts)
         if reference is None:
             raise ValueError("the face reward needs a reference: a picture or clip of the person")
-        if reference.dim() != 5 or reference.shape[0] not in (1, len(frames)):
+        batch, _, count = frames.shape[:3]
+        if reference.ndim != 5 or reference.shape[0] not in (1, batch):
             raise ValueError(
-                f"the reference of {len(frames)} videos must be [{len(frames)} or 1, 3, T, H, W], "
-                f"got {list(reference.shape)}"
+                f"the reference of {batch} videos must be [{batch} or 1, 3, T, H, W], got {list(reference.shape)}"
             )
-        reference = reference.expand(len(frames), *reference.shape[1:])
-        scores, counts = [], []
-        for index, (clip, shown) in enumerate(zip(frames, reference, strict=True)):
-            wanted, reference_faces = self._reference(shown)
-            mean, faces = self._mean_embedding(clip) if wanted is not None else (None, 0)
-            if mean is None:
-                what = "the clip" if wanted is not None else "its reference"
-                log.warning("sample %d: no face was found in %s, so it scores 0 without a gradient", index, what)
-                scores.append(clip[:, 0, 0, 0].sum() * 0)
-            else:
-                scores.append((mean * wanted).sum())
-            counts.append(FaceCounts(clip.shape[1], faces, shown.shape[1], reference_faces))
-        self.counts = tuple(counts)
-        return torch.stack([score.to(self.device) for score in scores]).float()
+        pools = [self._pool(clip) for clip in reference] * (batch // len(reference))
+        seen: list[bool] = []
+
+        def judge(images: Tensor, clips: list[int]) -> Tensor:
+            embeddings, rows = self._embed(images)
+            seen.extend(row in rows for row in range(len(images)))
+            cosines = images.flatten(1)[:, 0] * 0
+            if not rows:
+                return cosines
+            wanted = torch.stack([pools[clips[row]].mean.to(embeddings).expand(embeddings.shape[1]) for row in rows])
+            return cosines.index_put(
+                (torch.tensor(rows).to(cosines.device),), (embeddings * wanted).sum(-1).to(cosines)
+            )
+
+        cosines = score_images(frames, judge, self.device, self.chunk)
+        valid = torch.tensor(seen).view(batch, count)
+        self.counts = tuple(
+            FaceCounts(count, int(faces), pool.frames, pool.faces)
+            for faces, pool in zip(valid.sum(1), pools, strict=True)
+        )
+        for sample, found in enumerate(self.counts):
+            if not (found.faces and found.reference_faces):
+                what = "the clip" if found.reference_faces else "its reference"
+                log.warning("sample %d: no face was found in %s, so it scores 0 without a gradient", sample, what)
+        return cosines.sum(1) / valid.sum(1).clamp(min=1).to(cosines)
 
     @property
     def device(self) -> torch.device:
@@ -132,33 +155,33 @@ class FaceIdentity:
     def to(self, device: torch.device | str) -> FaceIdentity:
         """Move the embedding network; returns itself."""
         self.network.to(device)
-        self._references.clear()
+        self._pools.clear()
         return self
 
-    def _mean_embedding(self, clip: Tensor) -> tuple[Tensor | None, int]:
-        """Mean unit embedding ``[D]`` of the faces of a clip ``[3, T, H, W]``, and in how many frames there is one."""
-        dtype = next(self.network.buffers()).dtype
-        faces = []
-        for frame in clip.unbind(1):
-            landmarks = self.detector.landmarks(frame.detach())
-            if landmarks is not None:
-                faces.append(crop_face(frame.to(dtype), landmarks))
-        if not faces:
-            return None, 0
-        parts = torch.stack(faces).to(self.device).split(MAX_FACES_AT_ONCE)
-        embeddings = torch.cat([F.normalize(self.network(part), dim=-1) for part in parts])
-        return embeddings.mean(0), len(faces)
+    def _embed(self, images: Tensor) -> tuple[Tensor, list[int]]:
+        """Unit embeddings ``[n, D]`` of the faces in images ``[N, 3, H, W]``, and in which of them there is one."""
+        landmarks = [self.detector.landmarks(image.detach()) for image in images]
+        rows = [row for row, points in enumerate(landmarks) if points is not None]
+        if not rows:
+            return images.new_zeros(0), rows
+        faces = torch.stack([crop_face(images[row], landmarks[row]) for row in rows])
+        embeddings = self.network(faces.to(next(self.network.buffers()).dtype))
+        return F.normalize(embeddings.to(torch.promote_types(embeddings.dtype, torch.float32)), dim=-1), rows
 
     @torch.inference_mode(False)  # what is kept may be needed by a graph later
     @torch.no_grad()
-    def _reference(self, clip: Tensor) -> tuple[Tensor | None, int]:
-        """As :meth:`_mean_embedding`; once per reference, however often it is scored against."""
+    def _pool(self, clip: Tensor) -> _Pool:
+        """Of a reference ``[3, T, H, W]``; computed once, however often it is scored against."""
         content = hashlib.sha256(repr((clip.shape, clip.dtype)).encode())
         content.update(clip.detach().cpu().contiguous().view(torch.uint8).numpy())
         key = content.hexdigest()
-        if key not in self._references:
-            self._references[key] = self._mean_embedding(clip)
-        return self._references[key]
+        if key not in self._pools:
+            parts = clip.transpose(0, 1).split(self.chunk)
+            embedded = [self._embed(unit_range(part).to(self.device))[0] for part in parts]
+            faces = [embedding for part in embedded for embedding in part]
+            mean = torch.stack(faces).mean(0) if faces else torch.zeros((), device=self.device)
+            self._pools[key] = _Pool(mean, clip.shape[1], len(faces))
+        return self._pools[key]
 
 
 @dataclass(frozen=True)
@@ -197,7 +220,7 @@ def _find(folder: Path, names: Sequence[str]) -> Path | None:
 
 def _load(request: Request) -> FaceIdentity:
     log.warning("%s", LICENCE)
-    return FaceIdentity.load(request.files["pack"], request.device)
+    return FaceIdentity.load(request.files["pack"], request.device, request.dtype)
 
 
 ENTRIES = {
