@@ -3,9 +3,11 @@
 import pytest
 import torch
 from reward_lora.selfcheck import exactness
+from reward_lora.tests.families import cases
 from reward_lora.training.decoding import Decoder
 from reward_lora.training.gradient import Walk, silent
 from reward_lora.training.judge import Objective, View, judge
+from reward_lora.video_models import load_video_model
 from reward_lora.video_models.wan import float64_throughout
 
 LATENTS = 5
@@ -92,3 +94,26 @@ def test_chunks_that_nobody_looks_at_are_not_decoded_again(model, latents):
     assert len(ticks) == 2  # chunks 1 and 0
     assert gradient[:, :, 2:].abs().max() == 0
     assert gradient[:, :, 0].abs().max() > 0
+
+
+@pytest.mark.parametrize("case", {case.family: case for case in cases()}.values(), ids=str)
+def test_every_familys_chunks_are_its_decoder_and_so_is_their_gradient(case, tmp_path):
+    case.write(tmp_path / "model")
+    model = load_video_model(case.source(tmp_path / "model"), dtype="float32", text=False)
+    spec, (width, height, _) = model.spec, case.size
+    shape = (spec.latent_channels, 5, height // spec.spatial_stride, width // spec.spatial_stride)
+    latents = model.initial_latents(shape, [1])
+    assert sum(model.chunks(5)) == 5
+    leaf = latents.clone().requires_grad_()
+    with torch.enable_grad():
+        frames = model.decode(leaf)
+        EveryFrame().score(frames, [""]).sum().backward()
+    for save_memory in (False, True):
+        decoder = Decoder(model, silent, save_memory)
+        clips, given = decoder.forward(latents)
+        torch.testing.assert_close(torch.cat(clips, dim=2), frames.detach(), rtol=1e-4, atol=1e-5)
+        seen = torch.cat(clips, dim=2).requires_grad_()
+        with torch.enable_grad():
+            (gradient,) = torch.autograd.grad(EveryFrame().score(seen, [""]).sum(), seen)
+        found = decoder.backward(latents, given, gradient.split([clip.shape[2] for clip in clips], dim=2))
+        assert (found - leaf.grad).norm() <= 1e-4 * leaf.grad.norm()

@@ -15,10 +15,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .cogvideox_decoder import decoder_stations
 from .images import fit_image, masked_latents
 from .protocol import Carried, Conditioning, ModelSpec
 from .rotary import rotary_tables
 from .solvers import Ddim
+from .stations import pass_through
 from .wan import float64_throughout
 
 
@@ -203,12 +205,20 @@ class CogVideoXModel:
         return (self.pixels(latents) / 2 + 0.5).clamp(0, 1)
 
     def chunks(self, latent_frames: int) -> list[int]:
-        return [latent_frames]
+        """As VideoX-Fun and diffusers split them: what does not divide goes with the first."""
+        together = min(self.vae.num_latent_frames_batch_size, latent_frames)
+        return [together + latent_frames % together, *[together] * (latent_frames // together - 1)]
 
     def decode_chunk(
         self, latents: Tensor, carried: Carried = (), *, save_memory: bool = False
     ) -> tuple[Tensor, Carried]:
-        return self.decode(latents), ()
+        parameter = next(self.vae.parameters())
+        scaled = (latents / self.vae.config.scaling_factor).to(parameter.device, parameter.dtype)
+        if self.vae.post_quant_conv is not None:
+            scaled = self.vae.post_quant_conv(scaled)
+        row = decoder_stations(self.vae.decoder, scaled)
+        pixels, carried = pass_through(row, scaled, carried, lambda: float64_throughout(parameter.dtype), save_memory)
+        return (pixels.to(latents.dtype) / 2 + 0.5).clamp(0, 1), carried
 
     def pixels(self, latents: Tensor) -> Tensor:
         """What the VAE paints, about -1..1 and not clamped."""

@@ -8,18 +8,21 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from .easyanimate_decoder import decoder_stations
 from .easyanimate_keys import original_module_name
 from .easyanimate_text import pack, unpack
 from .images import fit_image, masked_latents
 from .protocol import Carried, Conditioning, ModelSpec
 from .rotary import rotary_tables
 from .solvers import Ddim, FlowMatch
+from .stations import pass_through
 
 BASE_LATENTS = (60, 90)
 """Latent height and width the positions are counted on, whatever ``sample_height`` and ``sample_width`` say."""
@@ -195,12 +198,18 @@ class EasyAnimateModel:
         return (pixels.to(latents.dtype) / 2 + 0.5).clamp(0, 1)
 
     def chunks(self, latent_frames: int) -> list[int]:
-        return [latent_frames]
+        """The first latent frame alone, then as many together as the publisher's VAE takes."""
+        full, rest = divmod(latent_frames - 1, self.vae.num_latent_frames_batch_size)
+        return [1, *[self.vae.num_latent_frames_batch_size] * full, *[rest] * (rest > 0)]
 
     def decode_chunk(
         self, latents: Tensor, carried: Carried = (), *, save_memory: bool = False
     ) -> tuple[Tensor, Carried]:
-        return self.decode(latents), ()
+        parameter = next(self.vae.parameters())
+        scaled = latents.to(parameter.device, parameter.dtype) / self.vae.config.scaling_factor
+        row = decoder_stations(self.vae.decoder)
+        pixels, carried = pass_through(row, self.vae.post_quant_conv(scaled), carried, nullcontext, save_memory)
+        return (pixels.to(latents.dtype) / 2 + 0.5).clamp(0, 1), carried
 
     @torch.no_grad()
     def encode(self, frames: Tensor) -> Tensor:

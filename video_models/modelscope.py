@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .protocol import Conditioning, ModelSpec
+from .protocol import Carried, Conditioning, ModelSpec
 from .solvers import Ddim
 
 DECODED_TOGETHER = 4
@@ -150,6 +150,15 @@ class ModelScopeModel:
         pixels = torch.cat([self.vae.decode(part, return_dict=False)[0] for part in parts])
         video = pixels.unflatten(0, (latents.shape[0], -1)).transpose(1, 2).to(latents.dtype)
         return (video / 2 + 0.5).clamp(0, 1)
+
+    def chunks(self, latent_frames: int) -> list[int]:
+        return [1] * latent_frames
+
+    def decode_chunk(
+        self, latents: Tensor, carried: Carried = (), *, save_memory: bool = False
+    ) -> tuple[Tensor, Carried]:
+        """Frames know nothing of each other; there is nothing to carry, and one frame is little to keep."""
+        return self.decode(latents), ()
 
     def to(self, device: torch.device | str, *parts: str) -> None:
         modules = {"text": self.text_encoder, "denoiser": self.unet, "vae": self.vae}
