@@ -118,5 +118,7 @@ def _fetch(known: BaseModel, target: Path, progress: Progress | None) -> Path:
     target.mkdir(parents=True, exist_ok=True)
     mark.touch()
     fetch_repository(known.repository, target, patterns=known.files, progress=progress)
+    for part in known.parts:
+        fetch_repository(part, target / part.rpartition("/")[2], patterns=known.files, progress=progress)
     mark.unlink()
     return target

@@ -34,6 +34,9 @@ MODELSCOPE_FILES = (
 )
 """Patterns of the files ModelScope's folder is loaded from; the same weights lie there in other formats too."""
 
+OPENSORA_FILES = ("*.json", "*.safetensors", "*.bin", "spiece.model")
+"""Patterns of the files that Open-Sora's denoiser, its VAE and T5 are loaded from."""
+
 
 @dataclass(frozen=True)
 class BaseModel:
@@ -46,6 +49,8 @@ class BaseModel:
         memory: Gigabytes of its largest network in 16 bits: what the GPU must hold at least while it works.
         files: Patterns of the files that are read, and so downloaded.
         licence: Of the weights.
+        parts: Further repositories it needs, each in a folder of its own name within the model's; of them the files
+            of the same patterns are read.
     """
 
     repository: str
@@ -54,6 +59,7 @@ class BaseModel:
     memory: int
     files: tuple[str, ...] = DIFFUSERS_FILES
     licence: str = "Apache-2.0"
+    parts: tuple[str, ...] = ()
 
     @property
     def address(self) -> str:
@@ -113,6 +119,23 @@ BASE_MODELS: dict[str, BaseModel] = dict(
         (
             "text-to-video-ms-1.7b",
             BaseModel("ali-vilab/text-to-video-ms-1.7b", "ModelScope", 8, 3, MODELSCOPE_FILES, "CC-BY-NC-4.0"),
+        ),
+        (
+            "VideoCrafter2",
+            BaseModel(
+                "VideoCrafter/VideoCrafter2", "VideoCrafter", 7, 3, ("model.ckpt",), "research only, by its README"
+            ),
+        ),
+        (
+            "OpenSora-STDiT-v3",
+            BaseModel(
+                "hpcai-tech/OpenSora-STDiT-v3",
+                "Open-Sora",
+                26,
+                10,
+                OPENSORA_FILES,
+                parts=("hpcai-tech/OpenSora-VAE-v1.2", "DeepFloyd/t5-v1_1-xxl"),
+            ),
         ),
     ]
 )

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from . import opensora_vae
+from .base_models import BASE_MODELS
 from .files import WeightFileError, find_weights, fingerprint, read_json
 from .loading import build_t5, component, load_tokenizer, read_options, text_files
 from .opensora import OpenSoraModel, OpenSoraSpec
@@ -20,7 +21,6 @@ from .opensora_vae import MICRO_FRAMES, OpenSoraVae, TemporalConfig
 DENOISER = "OpenSora-STDiT-v3"
 VAE = "OpenSora-VAE-v1.2"
 TEXT = "t5-v1_1-xxl"
-REPOSITORIES = {DENOISER: f"hpcai-tech/{DENOISER}", VAE: f"hpcai-tech/{VAE}", TEXT: f"DeepFloyd/{TEXT}"}
 
 LAYOUTS = (f"Open-Sora 1.2's {DENOISER} (config.json of an STDiT3), with {VAE} and {TEXT} in it or beside it",)
 """What :func:`detect` looks for, for messages."""
@@ -86,9 +86,10 @@ def _part(folder: Path, name: str, *, needed: bool = True) -> Path:
     places = (folder / name, folder.resolve().parent / name)
     found = next((place for place in places if place.is_dir()), None)
     if found is None and needed:
+        repository = next(part for part in BASE_MODELS[DENOISER].parts if part.endswith(f"/{name}"))
         raise WeightFileError(
             f"{name}, which belongs to Open-Sora 1.2, is neither in {folder} nor beside it; "
-            f"download https://huggingface.co/{REPOSITORIES[name]} into {places[1]}"
+            f"download https://huggingface.co/{repository} into {places[0]}"
         )
     return found or places[0]
 
