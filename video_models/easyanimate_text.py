@@ -31,7 +31,7 @@ def encode_chat(encoder: nn.Module, tokenizer: Any, prompt: str, tokens: int) ->
         text, padding="max_length", max_length=tokens, truncation=True, padding_side="right", return_tensors="pt"
     ).to(next(encoder.parameters()).device)
     mask = inputs.attention_mask
-    # Qwen2VLForConditionalGeneration counts real tokens and puts all padding at position 1.
+    # transformers 4.46, with which V5.1 was trained, puts all padding at position 1; newer releases go on counting.
     positions = (mask.cumsum(-1) - 1).masked_fill(mask == 0, 1)
     output = encoder(
         input_ids=inputs.input_ids,
