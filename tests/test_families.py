@@ -44,8 +44,8 @@ def copy(folder, tmp_path):
     return shutil.copytree(folder, tmp_path / "copy")
 
 
-def load(case, folder, **options) -> VideoModel:
-    return load_video_model(case.source(folder), dtype="float32", **options)
+def load(source, **options) -> VideoModel:
+    return load_video_model(source, dtype="float32", **options)
 
 
 def paint(model, case, **options):
@@ -59,7 +59,7 @@ def test_there_is_a_checkpoint_of_every_family():
 
 
 def test_a_checkpoint_paints_learns_and_its_lora_repeats_what_was_learned(case, folder, tmp_path):
-    model = load(case, folder)
+    model = load(case.source(folder))
     spec, (width, height, frames) = model.spec, case.size
     assert isinstance(model, VideoModel)
     assert tuple(model.denoisers) == spec.experts
@@ -88,7 +88,7 @@ def test_a_checkpoint_paints_learns_and_its_lora_repeats_what_was_learned(case, 
     with applied(model, uses):
         taught = paint(model, case)
     assert not torch.equal(taught, base)
-    again = load(case, folder)
+    again = load(case.source(folder))
     assert torch.equal(paint(again, case), base)
     with applied(again, uses) as reports:
         assert torch.equal(paint(again, case), taught)
@@ -104,7 +104,7 @@ def test_16_bits_load_and_paint(case, folder):
 
 
 def test_wrong_sizes_and_counts_are_answered_with_the_nearest(case, folder):
-    spec = load(case, folder, text=False).spec
+    spec = load(case.source(folder), text=False).spec
     width, height, frames = case.size
     spec.check_size(width, height, frames)
     with pytest.raises(ValueError, match=f"got {width + 1}x{height}; the nearest is {width}x{height}"):
@@ -121,18 +121,18 @@ def weight_files(folder):
     return [p for p in sorted(folder.rglob("*")) if p.suffix in (".safetensors", ".pth", ".bin", ".ckpt", ".pt")]
 
 
-def use_every_part(case, folder) -> None:
+def use_every_part(case, source) -> None:
     """Load, and ask for what is loaded late."""
-    model = load(case, folder)
+    model = load(source)
     width, height, frames = case.size
     shape, texts = model.spec.latent_shape(width, height, frames), model.encode_text([PROMPT])
     images = {"start_image": torch.zeros(1, 3, height, width)} if model.spec.image_to_video else {}
     model.conditioning(texts, None, shape, **images)
 
 
-def assert_refused(case, folder, *words) -> None:
+def assert_refused(case, source, *words) -> None:
     with pytest.raises(WeightFileError) as caught:
-        use_every_part(case, folder)
+        use_every_part(case, source)
     message = str(caught.value)
     assert "\n" not in message
     for word in words:
@@ -140,37 +140,41 @@ def assert_refused(case, folder, *words) -> None:
 
 
 def test_every_truncated_file_is_named(case, copy):
+    source = case.source(copy)
     for path in weight_files(copy):
         whole = path.read_bytes()
         path.write_bytes(whole[: len(whole) * 2 // 3])
-        assert_refused(case, copy, path.name)
+        assert_refused(case, source, path.name)
         path.write_bytes(whole)
 
 
 def test_every_missing_file_is_named(case, copy):
     """A shard by its name; a whole part by the name of its folder or file."""
+    source = case.source(copy)
     for path in weight_files(copy):
         aside = path.rename(path.with_name("aside"))
         stem = path.name.partition(".")[0]
-        assert_refused(case, copy, stem if any(path.parent.glob("*.index.json")) else str(path.parent.name))
+        assert_refused(case, source, stem if any(path.parent.glob("*.index.json")) else str(path.parent.name))
         aside.rename(path)
 
 
 def test_every_file_of_another_model_is_said_not_to_fit(case, copy):
     """In place of each file a sound one of another kind of network."""
+    source = case.source(copy)
     for path in weight_files(copy):
         whole = path.read_bytes()
         foreign = {"layers.0.attention.wq.weight": torch.zeros(4, 4), "layers.0.norm.weight": torch.zeros(4)}
         save_file(foreign, path) if path.suffix == ".safetensors" else torch.save(foreign, path)
-        assert_refused(case, copy, path.parent.name)
+        assert_refused(case, source, path.parent.name)
         path.write_bytes(whole)
 
 
 def test_weights_of_another_size_are_said_not_to_fit(case, copy):
     """The same names, one shape off: another size of the same model."""
+    source = case.source(copy)
     for path in (p for p in weight_files(copy) if p.suffix == ".safetensors"):
         tensors = load_file(path)
         name = max(tensors, key=lambda key: (tensors[key].dim(), key))
         save_file(tensors | {name: torch.zeros(*(n + 1 for n in tensors[name].shape))}, path)
-        assert_refused(case, copy)
+        assert_refused(case, source)
         save_file(tensors, path)

@@ -8,7 +8,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 from reward_lora.tests.families import wan as family
-from reward_lora.tests.families.wan import fill
+from reward_lora.tests.families import wan_shapes as shapes
+from reward_lora.tests.families.wan_shapes import fill
 from reward_lora.video_models import WeightFileError, load_video_model, wan_encoder_keys, wan_keys, wan_vae_keys
 from reward_lora.video_models.loading import build_t5, diffusers, materialise
 from reward_lora.video_models.protocol import VideoModel
@@ -109,7 +110,7 @@ def attention(q, k, v, heads, scale=None, bias=None):
 
 
 def test_umt5_computes_what_the_publisher_describes():
-    tensors = fill(family.text_shapes(**family.TINY_TEXT), 3)
+    tensors = fill(shapes.text_shapes(**shapes.TINY_TEXT), 3)
     arguments = wan_encoder_keys.umt5_config(tensors)
     encoder = materialise(build_t5, arguments, wan_encoder_keys.convert_umt5(tensors), Path("x"), torch.float32, "cpu")
     length, heads = 6, 2
@@ -138,7 +139,7 @@ def test_umt5_computes_what_the_publisher_describes():
 def test_clip_computes_what_the_publisher_describes(original_i2v):
     tensors = {
         k.removeprefix("visual."): v
-        for k, v in fill(family.clip_shapes(**family.TINY_CLIP), 4, 0.1).items()
+        for k, v in fill(shapes.clip_shapes(**shapes.TINY_CLIP), 4, 0.1).items()
         if k.startswith("visual.")
     }
     image = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(1))
@@ -303,7 +304,7 @@ def test_text_encoder_can_stay_on_disk(original_t2v):
 def test_the_fingerprint_follows_the_text_encoder(original_t2v, tmp_path):
     family.write(tmp_path, "2.1 original t2v")
     same = load_video_model(tmp_path, text=False).text_fingerprint()
-    tensors = fill(family.text_shapes(**family.TINY_TEXT), 3)
+    tensors = fill(shapes.text_shapes(**shapes.TINY_TEXT), 3)
     tensors["norm.weight"] += 1
     torch.save(tensors, tmp_path / (family.TEXT_FILE + ".pth"))
     assert load_video_model(tmp_path, text=False).text_fingerprint() != same
@@ -322,7 +323,7 @@ def test_the_fingerprint_follows_the_text_encoder(original_t2v, tmp_path):
         (lambda f: (f / "config.json").write_text("{"), "not valid JSON"),
         (lambda f: (f / "config.json").write_text('{"num_heads": 0}'), "num_heads that divide 48, got 0"),
         (
-            lambda f: torch.save(fill(family.text_shapes(**family.TINY_TEXT), 3), f / (family.VAE_FILE + ".pth")),
+            lambda f: torch.save(fill(shapes.text_shapes(**shapes.TINY_TEXT), 3), f / (family.VAE_FILE + ".pth")),
             "no Wan VAE",
         ),
         (lambda f: torch.save(fixture("wan_vae").vae, f / (family.TEXT_FILE + ".pth")), "no UMT5 encoder"),

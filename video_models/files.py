@@ -43,10 +43,10 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def find_weights(folder: Path, stem: str) -> Path | None:
-    """The weights called ``stem`` in a folder: sharded or whole safetensors, or a pickle, in this order."""
-    for suffix in (".safetensors.index.json", ".safetensors", ".pth", ".bin.index.json", ".bin"):
+    """The weights called ``stem`` in a folder: that file, sharded or whole safetensors, or a pickle, in this order."""
+    for suffix in ("", ".safetensors.index.json", ".safetensors", ".pth", ".bin.index.json", ".bin"):
         path = folder / (stem + suffix)
-        if path.exists():
+        if path.is_file():
             return path
     return None
 

@@ -108,8 +108,11 @@ def materialise(
     try:
         with torch.device("meta"):
             module = build(config)
-    except (TypeError, ValueError, KeyError, RuntimeError, ZeroDivisionError) as error:
-        raise WeightFileError(f"the config for {source} cannot be used ({error}); download it again") from None
+    except ModuleNotFoundError:
+        raise
+    except Exception as error:  # the libraries check configurations with errors of many kinds
+        reason = " ".join(str(error).split())
+        raise WeightFileError(f"the config for {source} cannot be used ({reason}); download it again") from None
     if dtype == torch.float16 and hasattr(module, "shared"):
         keep_float32 = (*keep_float32, "wo")  # T5's values overflow float16, as transformers notes
     load_weights(module, fit_names(tensors, module), source, dtype=dtype, device=device, keep_float32=keep_float32)

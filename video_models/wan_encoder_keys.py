@@ -1,6 +1,6 @@
 """Names of Wan's text and image encoders: the publisher's, and those of transformers' classes.
 
-The publisher's names are those of ``wan/modules/{t5,clip}.py`` in Wan-Video/Wan2.1.
+The publisher's names are those of ``wan/modules/{t5,clip}.py`` in Wan-Video/Wan2.1. ComfyUI's files have transformers'.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
+from .files import count_numbered
 from .wan_keys import NUMBERED, rename, strip_prefix
 
 # The publisher's name -> transformers' name, below a block, and outside of the blocks.
@@ -39,24 +40,26 @@ _CLIP = {
 
 
 def convert_umt5(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The publisher's UMT5 encoder as transformers' ``UMT5EncoderModel``."""
+    """The publisher's (or ComfyUI's) UMT5 encoder as transformers' ``UMT5EncoderModel``; a tokenizer inside goes."""
     converted = {}
     for name, tensor in tensors.items():
         match = NUMBERED.fullmatch(name)
         if match and match[1] == "blocks.":
             converted[f"encoder.block.{match[2]}.{rename(match[3], _UMT5_BLOCK) or match[3]}"] = tensor
-        else:
+        elif name != "spiece_model":
             converted[rename(name, _UMT5) or name] = tensor
     return converted
 
 
 def umt5_config(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
-    """Arguments of ``UMT5Config``, read from the publisher's tensors.
+    """Arguments of ``UMT5Config``, read from the tensors.
 
     Raises:
         ValueError: The tensors are no UMT5 encoder.
     """
-    names = ("token_embedding", "blocks.0.pos_embedding.embedding", "blocks.0.attn.q", "blocks.0.ffn.fc1")
+    tensors, layer = convert_umt5(tensors), "encoder.block.0.layer."
+    names = ("shared", f"{layer}0.SelfAttention.relative_attention_bias", f"{layer}0.SelfAttention.q")
+    names += (f"{layer}1.DenseReluDense.wi_1",)
     lacking = [name for name in names if f"{name}.weight" not in tensors]
     if lacking:
         raise ValueError(f"no UMT5 encoder: {lacking[0]}.weight is missing")
@@ -66,7 +69,7 @@ def umt5_config(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
         "d_model": embedding[1],
         "d_kv": query[0] // position[1],
         "d_ff": ffn[0],
-        "num_layers": len({name.split(".")[1] for name in tensors if name.startswith("blocks.")}),
+        "num_layers": count_numbered(tensors, "encoder.block."),
         "num_heads": position[1],
         "relative_attention_num_buckets": position[0],
         "feed_forward_proj": "gated-gelu",
@@ -76,6 +79,8 @@ def umt5_config(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
 def convert_clip(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The visual half of the publisher's XLM-RoBERTa CLIP as transformers' ``CLIPVisionModel``; the text half goes."""
     tensors = strip_prefix(tensors)
+    if not any(name.startswith("visual.") for name in tensors):  # transformers' names already
+        return {name.removeprefix("vision_model."): tensor for name, tensor in tensors.items()}
     converted = {}
     for name, tensor in tensors.items():
         half, _, rest = name.partition(".")
@@ -100,23 +105,23 @@ def convert_clip(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def clip_config(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
-    """Arguments of ``CLIPVisionConfig``, read from the publisher's tensors; heads have 80 channels as in ViT-H.
+    """Arguments of ``CLIPVisionConfig``, read from the tensors; heads have 80 channels as in ViT-H.
 
     Raises:
         ValueError: The tensors are no such CLIP.
     """
-    tensors = strip_prefix(tensors)
-    names = ("patch_embedding.weight", "pos_embedding", "transformer.0.mlp.0.weight")
-    lacking = [name for name in names if f"visual.{name}" not in tensors]
+    tensors = convert_clip(tensors)
+    names = ("embeddings.patch_embedding", "embeddings.position_embedding", "encoder.layers.0.mlp.fc1")
+    lacking = [name for name in names if f"{name}.weight" not in tensors]
     if lacking:
-        raise ValueError(f"no CLIP image encoder: visual.{lacking[0]} is missing")
-    patch, position, mlp = (tensors[f"visual.{name}"].shape for name in names)
+        raise ValueError(f"no CLIP image encoder: {lacking[0]}.weight is missing")
+    patch, position, mlp = (tensors[f"{name}.weight"].shape for name in names)
     return {
         "hidden_size": patch[0],
         "intermediate_size": mlp[0],
-        "num_hidden_layers": len({n.split(".")[2] for n in tensors if n.startswith("visual.transformer.")}),
+        "num_hidden_layers": count_numbered(tensors, "encoder.layers."),
         "num_attention_heads": patch[0] // 80,
-        "image_size": math.isqrt(position[1] - 1) * patch[2],
+        "image_size": math.isqrt(position[0] - 1) * patch[2],
         "patch_size": patch[2],
         "hidden_act": "gelu",
     }

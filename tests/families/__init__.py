@@ -1,6 +1,6 @@
 """Tiny random checkpoints of every model family, written as their publishers lay them out.
 
-A family is one module here, called as its file in ``video_models`` (without ``_files``) and found by itself:
+A family is one module here with ``LAYOUTS``, called as its file in ``video_models`` (without ``_files``):
 
 - ``LAYOUTS: tuple[str, ...]``: the published layouts;
 - ``write(folder, layout) -> None``: fills an empty folder with a tiny checkpoint in the real file names, key names and
@@ -58,7 +58,8 @@ class Case:
 def cases() -> list[Case]:
     """Every layout of every family."""
     names = sorted(module.name for module in pkgutil.iter_modules(__path__))
-    return [Case(name, layout) for name in names for layout in import_module(f"{__name__}.{name}").LAYOUTS]
+    layouts = {name: getattr(import_module(f"{__name__}.{name}"), "LAYOUTS", ()) for name in names}
+    return [Case(name, layout) for name in names for layout in layouts[name]]
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 from safetensors.torch import save_file
 
 from . import WORDS, write_json, write_shards
-from .wan import Shapes, _conv, _with_bias, fill
+from .wan_shapes import Shapes, _conv, _with_bias, fill
 
 LAYOUTS = ("diffusers 2b", "diffusers 5b i2v, sharded", "fun 2b inp", "fun 5b inp, sharded")
 SIZE = (32, 48, 9)

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import save_file
 
 from . import WORDS, write_json, write_shards
-from .wan import Shapes, _conv, _with_bias, fill
+from .wan_shapes import Shapes, _conv, _with_bias, fill
 
 LAYOUTS = ("original v5 inp, sharded", "original v5.1 inp", "diffusers v5.1 t2v")
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from safetensors.torch import save_file
 
 from . import WORDS, write_json, write_shards
-from .wan import fill
+from .wan_shapes import fill
 
 LAYOUTS = ("diffusers", "diffusers fp16, sharded")
 SIZE = (32, 48, 3)

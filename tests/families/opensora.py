@@ -15,7 +15,7 @@ from torch import Tensor
 
 from . import write_json, write_shards, write_word_tokenizer
 from .videocrafter import layer
-from .wan import Shapes, fill
+from .wan_shapes import Shapes, fill
 
 LAYOUTS = ("beside each other", "denoiser outside, sharded")
 SIZE = (24, 16, 18)

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .wan import Shapes, fill
+from .wan_shapes import Shapes, fill
 
 LAYOUTS = ("original",)
 SIZE = (16, 8, 3)
