@@ -110,7 +110,7 @@ def _solver(path: Path) -> Ddim | FlowMatch:
 
 
 def _spec(name: str, transformer: nn.Module, vae: nn.Module, solver: Ddim | FlowMatch) -> ModelSpec:
-    flow = isinstance(solver, FlowMatch)
+    flow, size = isinstance(solver, FlowMatch), "12b" if transformer.config.num_layers >= 48 else "7b"
     return ModelSpec(
         family="easyanimate",
         name=name,
@@ -127,5 +127,5 @@ def _spec(name: str, transformer: nn.Module, vae: nn.Module, solver: Ddim | Flow
         guidance_scale=6.0,
         fps=8,
         solver="flow-matching Euler" if flow else f"DDIM, {solver.prediction}",
-        recipe="easyanimate-v5.1.yaml" if flow else "easyanimate-v5.yaml",
+        recipe="easyanimate-v5.1-12b-inp.yaml" if flow else f"easyanimate-v5-{size}-inp.yaml",
     )
