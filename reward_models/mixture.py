@@ -101,6 +101,7 @@ class Mixture:
         )
         self.differentiable = all(reward.differentiable for reward in rewards)
         self.needs = frozenset().union(*(reward.needs for reward in rewards))
+        self.per_frame = all(getattr(reward, "per_frame", True) for reward in rewards)
         self.terms: dict[str, Tensor] = {}
         self.load_state({})
 

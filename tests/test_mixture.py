@@ -133,6 +133,9 @@ def test_needs_and_differentiability_are_those_of_all():
     assert mix.needs == {"prompt", "reference"}
     assert not mix.differentiable
     assert mixture(A, B).differentiable
+    assert mixture(A, B).per_frame
+    blind.per_frame = False
+    assert not mixture(A, blind).per_frame
     torch.testing.assert_close(mix.score(clips(), [""] * 3), reads.score(clips(), []) + blind.score(clips(), []))
 
 

@@ -81,7 +81,7 @@ def difference_picture(result: PairedDifference, reward: str) -> np.ndarray:
     from matplotlib.figure import Figure
 
     values = np.sort(result.differences)
-    figure = Figure(figsize=(8, 4.5), dpi=110)
+    figure = Figure(figsize=(6.2, 3.6), dpi=150)
     axes = figure.subplots()
     places = np.arange(1, len(values) + 1)
     axes.bar(places, values, color=[FOR if value > 0 else AGAINST for value in values], width=0.8)
@@ -102,16 +102,16 @@ def frame_picture(columns: Mapping[str, Sequence[float]], clip: Mapping[str, flo
     """Scores over the frames, a panel a column.
 
     Args:
-        columns: Name to one score a frame; the first is the reward, the others are its terms.
+        columns: Name to one score a frame, or to none; the first is the reward, the others are its terms.
         clip: The score of the whole clip, by the same names: a dashed line.
 
     Returns:
         ``[H, W, 3]`` uint8.
     """
     from matplotlib.figure import Figure
-    from matplotlib.ticker import MaxNLocator
+    from matplotlib.ticker import MaxNLocator, NullLocator
 
-    figure = Figure(figsize=(8, 1.0 + 2.6 * len(columns)), dpi=110)
+    figure = Figure(figsize=(6.2, 0.7 + 2.1 * len(columns)), dpi=150)
     panels = figure.subplots(len(columns), 1, squeeze=False, sharex=True)[:, 0]
     for index, (axes, (name, values)) in enumerate(zip(panels, columns.items(), strict=True)):
         places = range(1, len(values) + 1)
@@ -120,8 +120,8 @@ def frame_picture(columns: Mapping[str, Sequence[float]], clip: Mapping[str, flo
         axes.set_title(f"{_shortened(name)}   whole clip {clip[name]:.4f}", fontsize=11, loc="left")
         axes.grid(alpha=0.25)
         axes.margins(y=0.15)
-    panels[-1].set_xlabel("frame")
-    panels[-1].xaxis.set_major_locator(MaxNLocator(integer=True))
+    panels[-1].set_xlabel("frame" if any(columns.values()) else "no scores of single frames")
+    panels[-1].xaxis.set_major_locator(MaxNLocator(integer=True) if any(columns.values()) else NullLocator())
     figure.tight_layout()
     return figure_pixels(figure)
 
