@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..files import read_safetensors
-from . import cogvideox, easyanimate, rewards, videocrafter, wan
+from . import cogvideox, easyanimate, opensora, rewards, videocrafter, wan
 from .report import Line
 
 CHECKS: dict[tuple[str, str], Callable[[Fixture], Iterator[Line]]] = {
@@ -33,6 +33,9 @@ CHECKS: dict[tuple[str, str], Callable[[Fixture], Iterator[Line]]] = {
     ("train_step", "cogvideox"): cogvideox.check_train_step,
     ("transformer", "easyanimate"): easyanimate.check_transformer,
     ("lora", "easyanimate"): easyanimate.check_transformer,
+    ("transformer", "opensora"): opensora.check_transformer,
+    ("vae", "opensora"): opensora.check_vae,
+    ("solver", "opensora"): opensora.check_solver,
 }
 """One function a kind and family, giving a line a part. Another family is another file and its lines here."""
 

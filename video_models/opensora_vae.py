@@ -232,7 +232,11 @@ class OpenSoraVae(nn.Module):
 
     def encode(self, pixels: Tensor) -> Tensor:
         """Latents (means) as the denoiser sees them of ``[B, 3, T, H, W]`` in -1..1."""
-        means = self.encode_time(self.encode_space(pixels)).chunk(2, dim=1)[0]
+        return self.normalised(self.encode_time(self.encode_space(pixels)))
+
+    def normalised(self, moments: Tensor) -> Tensor:
+        """The means of moments, as the denoiser sees them."""
+        means = moments.chunk(2, dim=1)[0]
         return (means - self.shift.to(means)) / self.scale.to(means)
 
 
