@@ -115,6 +115,6 @@ def check_train_step(fixture: Fixture) -> Iterator[Line]:
     asked = torch.stack([model.solver.timestep(sigma) for sigma in sigmas[:-1]])
     yield Line("timesteps", "", float((asked - io["timesteps"]).abs().max()), 0.0)
     yield from check_positions(fixture, model, io, noise.shape[1:])
-    texts = [[io[f"prompt_embeds_{side}"][0]] * noise.shape[0] for side in ("cond", "uncond")]
+    texts = [list(io[f"prompt_embeds_{side}"].expand(len(noise), -1, -1)) for side in ("cond", "uncond")]
     walk = Walk(model, model.conditioning(*texts, noise.shape[1:]), float(meta["guidance_scale"]))
     yield from parity.check_train_step(fixture, walk, io, noise, sigmas, io["final_latents"].transpose(1, 2))
