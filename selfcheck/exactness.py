@@ -66,16 +66,16 @@ def tiny_wan(seed: int = 0, dtype: torch.dtype = torch.float64):
 
 
 def one_graph(
-    walk: Walk, x: Tensor, plan: Plan, reward, objective: Objective, coupling: float, judged_latents: int | None = None
-) -> Tensor:
+    walk: Walk, x: Tensor, plan: Plan, reward, objective: Objective, coupling: float, judged_latents: int | None = None,
+    prompts: Sequence[str] = (),
+) -> Tensor:  # fmt: skip
     """The reference: every step in one autograd graph, untrained steps detached, one backward."""
     for i in range(len(plan.sigmas) - 1):
-        sigma, sigma_next = plan.sigmas[i], plan.sigmas[i + 1]
         seen = x if coupling == 1 else coupling * x + (1 - coupling) * x.detach() if coupling else x.detach()
-        prediction = walk.predict(seen, sigma)
-        x = walk.model.step(x, prediction if i in plan.trained else prediction.detach(), sigma, sigma_next)
+        prediction = walk.predict(seen, plan.sigmas[i])
+        x = walk.step(x, prediction if i in plan.trained else prediction.detach(), plan, i)
     frames = walk.model.decode(x[:, :, :judged_latents])
-    objective(reward.score(frames, [""] * x.shape[0])).mean().backward()
+    objective(reward.score(frames, prompts or [""] * x.shape[0])).mean().backward()
     return x.detach()
 
 
