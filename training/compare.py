@@ -12,8 +12,8 @@ from .media import figure_pixels, to_uint8
 
 RESAMPLES = 10_000
 CONFIDENCE = 0.95
-FEW = 8
-"""With fewer pairs the interval is too narrow to lean on, and the text says so."""
+ENOUGH = 6
+"""Of fewer pairs, chance alone puts all on one side in more than 3 % of cases, so nothing is claimed of them."""
 FOR, AGAINST, PLAIN = "#2a7ab9", "#d1603d", "#444444"
 
 
@@ -41,17 +41,18 @@ class PairedDifference:
 
     @property
     def verdict(self) -> str:
-        """In a word or two."""
+        """In a few words."""
+        if len(self.a) < ENOUGH:
+            return f"{len(self.a)} pairs are too few to tell"
         return "B is better" if self.low > 0 else "A is better" if self.high < 0 else "no difference shown"
 
     def describe(self, reward: str) -> str:
         """In a sentence."""
         count, wins = len(self.a), int((self.differences > 0).sum())
-        text = (
+        return (
             f"{reward}: {self.verdict}; A {np.mean(self.a):.4f}, B {np.mean(self.b):.4f}, B - A {self.mean:+.4f} "
             f"({CONFIDENCE:.0%} interval {self.low:+.4f} to {self.high:+.4f}); B ahead in {wins} of {count} pairs"
         )
-        return text + (f"; {count} pairs are few, so the interval is too narrow" if count < FEW else "")
 
 
 def paired_difference(a: Sequence[float], b: Sequence[float]) -> PairedDifference:

@@ -123,15 +123,16 @@ def test_compare_tells_better_from_worse(comfyui):
     graph["white"] = {"class_type": "EmptyImage", "inputs": {"width": 32, "height": 32, "batch_size": 27,
                                                             "color": 0xFFFFFF}}  # fmt: skip
     common = {"reward": ["2", 0], "frames_per_clip": 9}
-    graph["6"] = graphs.node("Compare", images_a=["white", 0], images_b=a, prompts=graphs.PROMPT, **common)
+    graph["6"] = graphs.node("Compare", images_a=["white", 0], images_b=a, prompts=graphs.PROMPT, reward=["2", 0],
+                             frames_per_clip=3)  # fmt: skip
     three = "\n".join([graphs.PROMPT, OTHER, graphs.PROMPT])
     graph["7"] = graphs.node("Compare", images_a=a, images_b=a, prompts=three, **common)
     outputs = run(comfyui, graph)
     (text,) = outputs["6"]["text"]
-    assert re.match(r"tiny_clip: B is better; .* B ahead in 3 of 3 pairs; 3 pairs are few", text)
+    assert re.match(r"tiny_clip: B is better; .* B ahead in 9 of 9 pairs", text)
     assert all(value > 0 for value in column(text, "B - A"))
     (text,) = outputs["7"]["text"]
-    assert text.startswith("tiny_clip: no difference shown")
+    assert text.startswith("tiny_clip: 3 pairs are too few to tell; A ")
     first, second, third = column(text, "A")
     assert second < first, "the prompts were not given one by one"
     assert third != second
