@@ -43,8 +43,12 @@ class OpenSoraSpec(ModelSpec):
 
     def nearest_frames(self, frames: int) -> int:
         around = self.latent_frames(max(1, frames))
-        counts = [frames_of(n, self.micro_frames, self.temporal_stride) for n in (around - 1, around, around + 1) if n]
+        counts = [self.frames_of(latents) for latents in (around - 1, around, around + 1) if latents]
         return min(counts, key=lambda count: abs(count - frames))
+
+    def frames_of(self, latents: int) -> int:
+        """Frames of so many latent frames: of a chunk that is not whole the fewest that give them."""
+        return frames_of(latents, self.micro_frames, self.temporal_stride)
 
 
 def time_ratio(height: int, width: int, frames: int) -> float:
@@ -176,7 +180,7 @@ class OpenSoraModel:
 
     def _noise(self, x: Tensor, sigma: Tensor) -> Tensor:
         """The part of noise in latents ``x`` at a ``sigma``, float64."""
-        return transformed(sigma.double(), time_ratio(*self._size(x), frames_of(x.shape[2])))
+        return transformed(sigma.double(), time_ratio(*self._size(x), self.spec.frames_of(x.shape[2])))
 
     def predict(self, x: Tensor, sigma: Tensor, branch: Mapping[str, Tensor]) -> Tensor:
         timestep = (1000 * self._noise(x, sigma)).to(x.device, x.dtype).expand(x.shape[0])
@@ -191,12 +195,11 @@ class OpenSoraModel:
         return flow_step(x, prediction, self._noise(x, sigma), self._noise(x, sigma_next))
 
     def decode(self, latents: Tensor) -> Tensor:
-        """As in the protocol. A chunk that is not whole gives the fewest frames of which it may be the latents."""
         return torch.cat([self.decode_chunk(part)[0] for part in latents.split(self.chunks(latents.shape[2]), 2)], 2)
 
     def chunks(self, latent_frames: int) -> list[int]:
-        whole, rest = divmod(latent_frames, latents_of(self.spec.micro_frames, self.spec.micro_frames))
-        return [latents_of(self.spec.micro_frames, self.spec.micro_frames)] * whole + [rest] * (rest > 0)
+        chunk = self.spec.latent_frames(self.spec.micro_frames)
+        return [chunk] * (latent_frames // chunk) + [latent_frames % chunk] * (latent_frames % chunk > 0)
 
     def decode_chunk(
         self, latents: Tensor, carried: Carried = (), *, save_memory: bool = False

@@ -72,6 +72,7 @@ def unet_config(tensors: Mapping[str, Tensor]) -> UNetConfig:
         ),
         num_head_channels=tensors["init_attn.0.proj_in.weight"].shape[0] // INIT_HEADS,
         transformer_depth=count_numbered(tensors, transformer),
+        temporal_transformer_depth=count_numbered(tensors, "middle_block.2.transformer_blocks."),
         context_dim=tensors[f"{transformer}0.attn2.to_k.weight"].shape[1],
     )
 

@@ -34,7 +34,8 @@ class UNetConfig:
         num_res_blocks: Residual blocks a level (one more on the way up).
         attention_resolutions: Downsampling factors whose levels have transformers; the middle always has.
         num_head_channels: Width of an attention head.
-        transformer_depth: Blocks a transformer.
+        transformer_depth: Blocks of a spatial transformer, and of the temporal one at the input.
+        temporal_transformer_depth: Blocks of every other temporal transformer.
         context_dim: Width of the text tokens.
     """
 
@@ -46,6 +47,7 @@ class UNetConfig:
     attention_resolutions: tuple[int, ...] = (1, 2, 4)
     num_head_channels: int = 64
     transformer_depth: int = 1
+    temporal_transformer_depth: int = 1
     context_dim: int = 1024
 
 
@@ -277,10 +279,10 @@ class VideoCrafterUNet(nn.Module):
         )
 
         def transformers(channels: int) -> list[nn.Module]:
-            heads, depth = channels // config.num_head_channels, config.transformer_depth
+            heads = channels // config.num_head_channels
             return [
-                SpatialTransformer(channels, heads, depth, config.context_dim),
-                TemporalTransformer(channels, channels, heads, depth),
+                SpatialTransformer(channels, heads, config.transformer_depth, config.context_dim),
+                TemporalTransformer(channels, channels, heads, config.temporal_transformer_depth),
             ]
 
         self.input_blocks = nn.ModuleList([Stage([Convolution(config.in_channels, base, 3, padding=1)])])
