@@ -108,9 +108,17 @@ def read_config(folder: Path) -> dict[str, Any]:
     Raises:
         WeightFileError: It is missing or no JSON object.
     """
-    path = existing(folder / "config.json")
+    return read_json(folder / "config.json")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A configuration.
+
+    Raises:
+        WeightFileError: It is missing or no JSON object.
+    """
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        config = json.loads(existing(path).read_text(encoding="utf-8"))
     except ValueError:
         config = None
     if not isinstance(config, dict):
@@ -153,7 +161,7 @@ def linear_chain(tensors: Mapping[str, Tensor], source: object, width: int, dtyp
         layers.setdefault(int(found[1]), {})[found[2]] = value
     ordered = [layers[number] for number in sorted(layers)]
     widths = [width, *(len(layer.get("bias", ())) for layer in ordered)]
-    if widths[-1] != 1:
-        raise WeightFileError(f"{source} does not end in one number; it is no head of a reward")
+    if widths[-1] != 1 or 0 in widths:
+        raise WeightFileError(f"{source} is no chain of linear layers that ends in one number; it is of another model")
     named = {f"{i}.{kind}": value for i, layer in enumerate(ordered) for kind, value in layer.items()}
     return build(lambda: nn.Sequential(*(nn.Linear(a, b) for a, b in pairwise(widths))), named, source, dtype)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,8 @@ from reward_lora.lora.adapter import inject_new
 from reward_lora.selfcheck.exactness import LATENT_SHAPE, ToyReward, tiny_wan
 from reward_lora.training.config import TrainConfig
 from reward_lora.training.schedule import BackpropSchedule
+
+from .reward_checkpoints import OPEN_CLIP, write_all
 
 FIXTURES = Path(__file__).parent / "fixtures"
 
@@ -74,3 +77,19 @@ def predict(wan):
         return wan.predict(noise, torch.tensor(0.6, dtype=torch.float64), conditioning.positive)
 
     return run
+
+
+@pytest.fixture(scope="session")
+def reward_files(tmp_path_factory):
+    """A models folder with tiny random image rewards under their published names; HPS is tiny by its architecture."""
+    import open_clip
+    from reward_lora.reward_models import hps
+
+    folder = tmp_path_factory.mktemp("reward_models")
+    write_all(folder)
+    config = tmp_path_factory.mktemp("open_clip") / "tiny-test-clip.json"
+    config.write_text(json.dumps(OPEN_CLIP))
+    open_clip.add_model_config(config)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(hps, "ARCHITECTURE", config.stem)
+        yield folder
