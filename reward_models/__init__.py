@@ -11,7 +11,19 @@ from pathlib import Path
 import torch
 
 from ..hub import Progress
-from . import action, aesthetic, clip_score, face, hps, image_reward, motion, mps, vader_heads, yolos
+from . import (
+    action,
+    aesthetic,
+    clip_score,
+    face,
+    hps,
+    image_reward,
+    motion,
+    mps,
+    vader_aesthetic_hps,
+    vader_heads,
+    yolos,
+)
 from .files import Request, RewardEntry, find
 from .protocol import Reward
 
@@ -26,6 +38,7 @@ REWARDS: dict[str, RewardEntry] = {
     **image_reward.ENTRIES,
     **motion.ENTRIES,
     **vader_heads.ENTRIES,
+    **vader_aesthetic_hps.ENTRIES,
     **yolos.ENTRIES,
     **action.ENTRIES,
 }

@@ -1,13 +1,14 @@
 """HPS v2 (arXiv 2306.09341): CLIP ViT-H/14 fine-tuned on human preferences; plain cosine, about 0.2 to 0.35.
 
-Two ways to bring a frame to 224x224: ``official``, that of HPSv2's own package (long side, black bars), and
-``videox-fun``, that of VideoX-Fun's and VADER's training (squashed). They agree on square frames alone, and scores of
-one are not comparable with those of the other.
+Three ways to bring a frame to 224x224: ``official``, that of HPSv2's own package (long side, black bars);
+``videox-fun``, that of VideoX-Fun's training (squashed); ``vader``, that of VADER's (squashed, bilinear). The first two
+agree on square frames alone, and scores of one are not comparable with those of another.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,7 +21,11 @@ from .networks import build, read_weights
 from .preprocess import CLIP_MEAN, CLIP_STD, normalize, resize_and_pad, squash
 from .scoring import FrameReward
 
-PREPROCESSING: dict[str, Callable[[Tensor, int], Tensor]] = {"official": resize_and_pad, "videox-fun": squash}
+PREPROCESSING: dict[str, Callable[[Tensor, int], Tensor]] = {
+    "official": resize_and_pad,
+    "videox-fun": squash,
+    "vader": partial(squash, mode="bilinear"),
+}
 ARCHITECTURE = "ViT-H-14"
 
 

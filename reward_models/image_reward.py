@@ -7,20 +7,18 @@ crop. The published file is read into transformers' BLIP classes.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from math import isqrt
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..files import WeightFileError, existing
+from ..files import WeightFileError
 from ..hub import RemoteFile
 from .files import Part, Repository, Request, RewardEntry
-from .networks import below, build, linear_chain, read_weights, tokenizer_of
+from .networks import below, build, linear_chain, read_json, read_weights, tokenizer_of
 from .preprocess import CLIP_MEAN, CLIP_STD, normalize, resize_and_crop
 from .scoring import FrameReward
 
@@ -130,23 +128,13 @@ def build_text(
 
 
 def _load(request: Request) -> FrameReward:
-    file, config = request.files["model"], _read_med_config(request.files["config"])
+    file, config = request.files["model"], read_json(request.files["config"])
     tensors, dtype = read_weights(file), request.dtype
     vision, text = build_vision(tensors, file, dtype), build_text(tensors, config, file, dtype)
     wide = torch.promote_types(dtype, torch.float32)
     head = linear_chain(below(tensors, "mlp."), file, text.config.hidden_size, wide)
     tokenize = tokenizer_of(request.files["tokenizer"], TEXT_LENGTH)
     return FrameReward(ImageRewardJudge(vision, text, head, tokenize).to(request.device), request.name)
-
-
-def _read_med_config(path: Path) -> dict[str, Any]:
-    try:
-        config = json.loads(existing(path).read_text(encoding="utf-8"))
-    except ValueError:
-        config = None
-    if not isinstance(config, dict):
-        raise WeightFileError(f"{path} is no configuration; get the published med_config.json")
-    return config
 
 
 ENTRIES = {

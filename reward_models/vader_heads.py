@@ -6,6 +6,7 @@ VADER does. No prompt is read. The heads are those of RewardMultiverse (github.c
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from itertools import chain
 
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..files import WeightFileError
 from ..hub import RemoteFile
 from .aesthetic import Tower, clip_tower
 from .clip_score import CLIP_L14
@@ -45,7 +47,13 @@ class HeadJudge(nn.Module):
 
 
 def weather_head(tensors: Mapping[str, Tensor], source: object, width: int, dtype: torch.dtype) -> nn.Sequential:
-    """Linear layers without activation between, and a sigmoid behind: 0 to 1."""
+    """Linear layers without activation between, and a sigmoid behind: 0 to 1.
+
+    Raises:
+        WeightFileError: Another head.
+    """
+    if _numbers(tensors) != [0, 2, 4, 6, 7]:
+        raise WeightFileError(f"{source} is no head for rain or snow; get rainy_reward.pt or snowy_reward.pt of VADER")
     return nn.Sequential(linear_chain(tensors, source, width, dtype), nn.Sigmoid())
 
 
@@ -53,9 +61,20 @@ def compression_head(tensors: Mapping[str, Tensor], source: object, width: int, 
     """Linear layers with ReLU between: the size of the picture as JPEG of quality 95, in kilobytes.
 
     The published file has layers of 512, 128 and 32, VADER's code one more of 256: the file decides.
+
+    Raises:
+        WeightFileError: Another head.
     """
+    numbers = _numbers(tensors)
+    if not numbers or numbers != list(range(0, 3 * len(numbers), 3)):  # between: ReLU and dropout
+        raise WeightFileError(f"{source} is no head for compressibility; get compression_reward.pt of VADER")
     first, *rest = linear_chain(tensors, source, width, dtype)
     return nn.Sequential(first, *chain.from_iterable((nn.ReLU(), layer) for layer in rest))
+
+
+def _numbers(tensors: Mapping[str, Tensor]) -> list[int]:
+    """Of the layers, from names such as ``layers.3.weight``."""
+    return sorted({int(number) for key in tensors for number in re.findall(r"^layers\.(\d+)\.", key)})
 
 
 def _load(request: Request) -> FrameReward:
