@@ -49,7 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             default = Train(config=TrainConfig.from_dict(data.pop("config", {})), recipe=recipe, **_checked(data))
         return tyro.cli(command, args=rest, default=default, prog=f"reward-lora {arguments[0]}").run()
     except torch.OutOfMemoryError as error:
-        advice = "try fewer or smaller frames, a smaller batch_size, or batched_guidance off"
+        advice = "try fewer or smaller frames, a smaller batch_size, or --memory small"
         print(f"error: the device's memory is too small ({str(error).splitlines()[0]}); {advice}", file=sys.stderr)
         return 2
     except (ValueError, OSError, TrainingStopped) as error:

@@ -63,15 +63,15 @@ class Train:
         folder = self.output_dir / plain_name(self.name)
         uses = [parse_lora(text) for text in self.lora]
         device = pick_device(self.device)
-        reward = find_reward(self.reward, self.reward_path, device)
-        model = load_video_model(self.model, dtype=self.dtype, device=device)
+        reward = find_reward(self.reward, self.reward_path, "cpu")
+        model = load_video_model(self.model, dtype=self.dtype)
         if self.fresh:
             delete_checkpoints(folder)
         with applied(model, uses) as reports:
             for line in reports:
                 print(line)
             trainer = Trainer(model, reward, prompts, self.config, folder, sample_prompts=sample_prompts,
-                              cache=self.output_dir / "text-cache")  # fmt: skip
+                              device=device, cache=self.output_dir / "text-cache")  # fmt: skip
             print(f"{trainer.config.steps} steps of {model.spec.name} towards {reward.name}, files in {folder}")
             with tqdm(total=trainer.config.steps, unit="step") as bar, closing(iter(trainer)) as events:
                 try:

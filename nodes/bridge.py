@@ -21,7 +21,8 @@ from torch import Tensor
 
 from ..reward_models.protocol import Reward
 from ..training.events import TrainingStopped
-from ..video_models.protocol import VideoModel
+from ..training.memory import Placement, plan_for
+from ..video_models.protocol import Tick, VideoModel
 
 log = logging.getLogger(__name__)
 
@@ -110,10 +111,35 @@ def on_device(model: VideoModel | None = None, reward: Reward | None = None) -> 
         comfy.model_management.soft_empty_cache()
 
 
-def make_room(model: VideoModel, phase: str) -> None:
-    """Once the texts are encoded, their encoder leaves the GPU to the other networks."""
-    if phase != "text" and model.device.type != "cpu":
-        model.to("cpu", "text")
+@contextmanager
+def placed(model: VideoModel, tick: Tick) -> Iterator[Tick]:
+    """A tick that brings to ComfyUI's device what each phase needs; at the end everything is back where it rests."""
+    device = comfy.model_management.get_torch_device()
+    if device.type == "cpu":
+        yield tick
+        return
+    comfy.model_management.unload_all_models()
+    placement = Placement(model, None, tick, plan_for("auto", model), device)
+    try:
+        yield placement
+    finally:
+        placement.clear()
+        comfy.model_management.soft_empty_cache()
+
+
+@contextmanager
+def lent(*parts: VideoModel | Reward) -> Iterator[torch.device]:
+    """Clear ComfyUI's device for somebody who places ``parts`` there himself; they come back at the end."""
+    device = comfy.model_management.get_torch_device()
+    if device.type != "cpu":
+        comfy.model_management.unload_all_models()
+    try:
+        yield device
+    finally:
+        for part in parts:
+            if hasattr(part, "to") and device.type != "cpu":
+                part.to(comfy.model_management.unet_offload_device())
+        comfy.model_management.soft_empty_cache()
 
 
 class Progress:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ..lora.adapter import applied
 from ..training.sample import sample_prompt
-from .bridge import Progress, engine, make_room, on_device, to_images, to_still
+from .bridge import Progress, engine, placed, to_images, to_still
 from .types import LoadedModel, VideoModelType
 
 
@@ -86,16 +86,15 @@ class GenerateVideo(io.ComfyNode):
         end_image: Tensor | None = None,
     ) -> io.NodeOutput:
         model = video_model.model
-        total = (steps or model.spec.steps) + 2  # text, solver steps, decode
+        total = (steps or model.spec.steps) + 3  # text, the denoiser's arrival, solver steps, decode
         progress, done = Progress(total, cls.hidden.unique_id), 0
 
         def tick(phase: str) -> None:
             nonlocal done
-            make_room(model, phase)
             progress.show(done)
             done += 1
 
-        with engine(), on_device(model), applied(model, video_model.uses):
+        with engine(), placed(model, tick) as placing, applied(model, video_model.uses):
             clip = sample_prompt(
                 model,
                 prompt,
@@ -108,7 +107,7 @@ class GenerateVideo(io.ComfyNode):
                 guidance_scale=guidance_scale,
                 start_image=to_still(start_image),
                 end_image=to_still(end_image),
-                tick=tick,
+                tick=placing,
             )
         progress.show(total)
         return io.NodeOutput(to_images(clip), float(model.spec.fps))

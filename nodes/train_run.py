@@ -24,7 +24,7 @@ from ..training.media import contact_sheet, write_png
 from ..training.run_folder import SHOWN
 from ..training.trainer import Trainer
 from . import folders
-from .bridge import Progress, on_device, picture_to_image, to_images
+from .bridge import Progress, lent, picture_to_image, to_images
 from .types import LoadedModel, LoadedReward
 
 REDRAW = 5.0
@@ -72,7 +72,7 @@ class TrainingRun:
         """Train, then gather what the node gives."""
         model, config = self.loaded.model, self.config
         cache = Path(folder_paths.get_temp_directory(), "reward_lora_text")
-        with on_device(model, self.reward.reward), applied(model, self.loaded.uses):
+        with lent(model, self.reward.reward) as device, applied(model, self.loaded.uses):
             trainer = Trainer(
                 model,
                 self.reward.reward,
@@ -80,6 +80,7 @@ class TrainingRun:
                 config,
                 self.folder,
                 sample_prompts=self.samples,
+                device=device,
                 cache=cache,
                 tick=progress,
             )

@@ -26,11 +26,13 @@ class Progress:
         step: Steps made, skipped ones included.
         skipped: Steps skipped in all.
         skipped_in_a_row: Steps skipped since the last good one.
+        memory: The memory plan in force, which a step that ran out of memory may have made smaller; empty at first.
     """
 
     step: int = 0
     skipped: int = 0
     skipped_in_a_row: int = 0
+    memory: str = ""
 
 
 @dataclass(frozen=True)

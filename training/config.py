@@ -11,6 +11,7 @@ from typing import Any, Literal, get_args
 from ..files import canonical_json
 from ..video_models.protocol import ModelSpec
 from .judge import FrameChoice, Objective, View
+from .memory import MemoryChoice
 from .schedule import BackpropSchedule
 from .seeds import seed_for
 
@@ -25,6 +26,7 @@ FREE_TO_CHANGE = (
     "sample_count",
     "max_skipped",
     "save_dtype",
+    "memory",
 )
 """Fields that may differ when a run is resumed: they do not touch the steps already made."""
 
@@ -57,14 +59,16 @@ class TrainConfig:
         sampler_steps: Solver steps of the rollout; 0 takes the model's default.
         guidance_scale: Classifier-free guidance of the rollout; 0 takes the model's default, 1 turns it off.
         negative_prompt: What guidance leads away from.
-        batched_guidance: Both guidance branches in one call of the rollout; off saves memory there.
         backprop: Which solver steps are trained.
         judged_latents: How many latent frames, from the first, are decoded and judged; 0 is all.
         judged_frames: How many of the decoded frames the reward sees; 0 is all.
         judged_choice: Which frames these are: even spreads them, first and last included; random draws them anew
             at every step.
-        checkpoint_vae: Checkpoint the blocks of the VAE's decoder: less memory in the judge, more time.
         objective: From rewards to a loss.
+        memory: How a step is fitted into memory. fast keeps all it needs; balanced checkpoints the denoiser's blocks;
+            small does so with the VAE too, takes guidance branches one by one, and has only the phase's networks on
+            the GPU. auto is fast for a small model and balanced for a large one. A step that runs out of GPU memory
+            is made again under the next smaller one.
         seed: Source of all chance.
         save_every: Steps between checkpoints.
         keep_checkpoints: How many of the newest checkpoints stay.
@@ -98,13 +102,12 @@ class TrainConfig:
     sampler_steps: int = 0
     guidance_scale: float = 0.0
     negative_prompt: str = ""
-    batched_guidance: bool = True
     backprop: BackpropSchedule = field(default_factory=BackpropSchedule)
     judged_latents: int = 1
     judged_frames: int = 0
     judged_choice: FrameChoice = "even"
-    checkpoint_vae: bool = False
     objective: Objective = field(default_factory=Objective)
+    memory: MemoryChoice = "auto"
     seed: int = 42
     save_every: int = 25
     keep_checkpoints: int = 2
@@ -130,7 +133,13 @@ class TrainConfig:
         for name in ("beta1", "beta2"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} must lie in 0..1 without 1, got {getattr(self, name)}")
-        for name, kind in (("lr_schedule", Schedule), ("save_dtype", SaveType), ("judged_choice", FrameChoice)):
+        choices = {
+            "lr_schedule": Schedule,
+            "save_dtype": SaveType,
+            "judged_choice": FrameChoice,
+            "memory": MemoryChoice,
+        }
+        for name, kind in choices.items():
             if getattr(self, name) not in get_args(kind):
                 raise ValueError(f"{name} must be one of {', '.join(get_args(kind))}, got {getattr(self, name)!r}")
 
@@ -162,10 +171,10 @@ class TrainConfig:
         filled.backprop.check(filled.sampler_steps)
         return filled
 
-    def view_at(self, step: int) -> View:
+    def view_at(self, draw: int, save_memory: bool) -> View:
         """What the reward sees at a draw of a batch, counted from 0."""
-        seed = seed_for("frames", self.seed, step)
-        return View(self.judged_latents, self.judged_frames, self.judged_choice, self.checkpoint_vae, seed)
+        seed = seed_for("frames", self.seed, draw)
+        return View(self.judged_latents, self.judged_frames, self.judged_choice, save_memory, seed)
 
     def lr_at(self, step: int) -> float:
         """Learning rate of a step, counted from 0."""

@@ -56,8 +56,8 @@ def sample_prompt(
     shape = spec.latent_shape(width or spec.width, height or spec.height, frames or spec.frames)
     scale = guidance_scale or spec.guidance_scale
     tick("text")
+    positive = model.encode_text([prompt])
     negative = model.encode_text([negative_prompt]) if scale != 1 else None
-    conditioning = model.conditioning(
-        model.encode_text([prompt]), negative, shape, start_image=start_image, end_image=end_image
-    )
+    tick("rollout")  # the denoiser is where the conditioning shall be
+    conditioning = model.conditioning(positive, negative, shape, start_image=start_image, end_image=end_image)
     return sample(model, conditioning, [seed], shape, steps or spec.steps, scale, tick=tick)

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from ..files import canonical_json
 from ..lora.adapter import Adapter, inject_new, total_norm
@@ -22,11 +24,14 @@ from .events import Evaluation, StepEvent, TrainingStopped
 from .gradient import Walk, replay, rollout, silent
 from .interrupts import interrupt_later
 from .judge import Judgement, judge
+from .memory import MemoryPlan, Placement, checkpointed_blocks, plan_for, smaller
 from .prompts import EmbeddingStore
 from .run_folder import RunFolder
 from .sample import sample
 from .schedule import Plan
 from .seeds import draw_prompts, seed_for
+
+log = logging.getLogger(__name__)
 
 
 class Trainer:
@@ -49,6 +54,8 @@ class Trainer:
         folder: Of this run.
         sample_prompts: To evaluate on; the first of ``prompts`` if none are given.
         rank: This process among several; takes part in all chance.
+        device: Where to compute: what a phase needs is brought there, and nothing is left there; the model's own
+            if not given.
         cache: Folder for text embeddings; None keeps them in memory.
         tick: Called before every call of a large model; may raise to stop.
         metadata: Kept in the LoRA's file, for example the licence.
@@ -68,6 +75,7 @@ class Trainer:
         *,
         sample_prompts: Sequence[str] = (),
         rank: int = 0,
+        device: torch.device | str | None = None,
         cache: Path | None = None,
         tick: Tick = silent,
         metadata: dict[str, str] | None = None,
@@ -83,8 +91,12 @@ class Trainer:
         self.files = RunFolder(folder, reward.name)
         self.folder = self.files.path
         self.sample_prompts = list(sample_prompts or prompts)[: self.config.sample_count]
-        self._rank, self._tick, self._metadata = rank, tick, metadata or {}
-        c = self.config
+        self._rank, self._metadata = rank, metadata or {}
+        c, plan = self.config, plan_for(self.config.memory, model)
+        self._device = _indexed(torch.device(device)) if device is not None else model.device
+        placed = self._device.type != "cpu"
+        self._tick = Placement(model, reward, tick, plan, self._device) if placed else tick
+        self._memory_plan = plan
         self.lora_paths = {expert: self.files.lora_path(expert, model.spec.experts) for expert in c.experts}
         self._latent_shape = model.spec.latent_shape(c.width, c.height, c.frames)
         self._sigmas = model.sigmas(c.sampler_steps)
@@ -103,6 +115,9 @@ class Trainer:
         self.folder.mkdir(parents=True, exist_ok=True)
         self._encode_prompts()
         with ExitStack() as undo:
+            if isinstance(self._tick, Placement):
+                undo.callback(self._tick.clear)
+            self._tick("rollout")  # the denoiser is where its LoRA shall be
             adapters = self._inject(undo)
             parameters = {
                 f"{expert}.{key}": parameter
@@ -113,6 +128,8 @@ class Trainer:
                 list(parameters.values()), c.learning_rate, (c.beta1, c.beta2), c.epsilon, c.weight_decay
             )
             progress = load_latest(self.folder, self._identity, parameters, optimizer, self.reward) or Progress()
+            if progress.memory and c.memory == "auto":
+                self._adopt(plan_for(progress.memory, self.model))
             self.files.open(progress.step, c.to_dict())
             saved_at = progress.step if list_checkpoints(self.folder) else -1
 
@@ -179,19 +196,20 @@ class Trainer:
     def _step(self, progress: Progress, parameters: dict, optimizer: torch.optim.Optimizer) -> StepEvent:
         """One optimiser step; the adapter's parameters change at its very end or not at all."""
         c, started = self.config, time.monotonic()
-        if self.model.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(self.model.device)
+        if self._device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self._device)
         plan = c.backprop.draw(self._sigmas, seed_for("plan", c.seed, progress.step), self._trainable)
         rewards, losses, terms, trouble = [], [], [], ""
         optimizer.zero_grad(set_to_none=True)
         for micro in range(c.accumulation):
-            verdict = self._learn(plan, progress.step * c.accumulation + micro)
+            verdict = self._learn_in_memory(plan, progress.step * c.accumulation + micro, parameters)
             rewards += verdict.rewards.tolist()
             losses.append(verdict.loss)
             terms.append(getattr(self.reward, "terms", {}))
             if not verdict.finite:
                 trouble = "the reward or its gradient was not a finite number"
                 break
+        progress.memory = self._memory_plan.name
         learning_rate = c.lr_at(progress.step)
         gradients = [p.grad for p in parameters.values() if p.grad is not None]
         grad_norm = total_norm(gradients) if gradients and not trouble else math.nan
@@ -214,15 +232,40 @@ class Trainer:
         return StepEvent(progress.step, c.steps, reward, loss, grad_norm, learning_rate, seconds, self._memory(),
                          trouble, {name: float(values.mean()) for name, values in said.items()})  # fmt: skip
 
+    def _learn_in_memory(self, plan: Plan, draw: int, parameters: Mapping[str, Tensor]) -> Judgement:
+        """One batch; if it runs out of GPU memory, once more under every smaller plan from then on."""
+        before = {key: None if p.grad is None else p.grad.clone() for key, p in parameters.items()}
+        while True:
+            try:
+                with checkpointed_blocks(self.model, self._memory_plan.checkpoint_blocks):
+                    return self._learn(plan, draw)
+            except torch.OutOfMemoryError:
+                less = smaller(self._memory_plan)
+                if less is None:
+                    raise
+                log.warning("out of GPU memory with memory: %s; going on with %s", self._memory_plan.name, less.name)
+            # Outside of the handler, for the error holds on to every tensor of the step that failed.
+            self._adopt(less)
+            for key, parameter in parameters.items():
+                parameter.grad = before[key]
+            torch.cuda.empty_cache()
+
+    def _adopt(self, plan: MemoryPlan) -> None:
+        self._memory_plan = plan
+        if isinstance(self._tick, Placement):
+            self._tick.plan = plan
+
     def _learn(self, plan: Plan, draw: int) -> Judgement:
         """Rollout, judge and replay of one batch: gradients are added to the LoRA's, unless they are not finite."""
         c = self.config
         indices = draw_prompts(len(self.prompts), seed_for(c.seed, self._rank), draw, c.batch_size)
         prompts = [self.prompts[i] for i in indices]
         seeds = [seed_for("noise", c.seed, draw, self._rank, b) for b in range(c.batch_size)]
-        walk = Walk(self.model, self._conditioning(prompts), c.guidance_scale, c.batched_guidance, self._tick, seeds)
+        self._tick("rollout")  # the denoiser is where the conditioning shall be
+        batched, save_memory = self._memory_plan.batched_guidance, self._memory_plan.checkpoint_vae
+        walk = Walk(self.model, self._conditioning(prompts), c.guidance_scale, batched, self._tick, seeds)
         latents, kept = rollout(walk, self.model.initial_latents(self._latent_shape, seeds), plan)
-        verdict = judge(walk, latents, self.reward, prompts, c.objective, c.view_at(draw))
+        verdict = judge(walk, latents, self.reward, prompts, c.objective, c.view_at(draw, save_memory))
         if verdict.finite:
             replay(walk, kept, plan, verdict.gradient / c.accumulation, c.backprop.coupling)
         return verdict
@@ -232,8 +275,6 @@ class Trainer:
         if self.config.guidance_scale != 1:
             wanted.append(self.config.negative_prompt)
         self._texts.prepare(wanted, self._tick)
-        if self.model.device.type != "cpu":
-            self.model.to("cpu", "text")
 
     def _conditioning(self, prompts: Sequence[str]) -> Conditioning:
         positive = [self._texts[prompt] for prompt in prompts]
@@ -248,9 +289,11 @@ class Trainer:
         with torch.no_grad():
             for index in range(0, len(self.sample_prompts), c.batch_size):
                 prompts = self.sample_prompts[index : index + c.batch_size]
+                self._tick("rollout")
                 seeds = [seed_for("sample", c.seed, index + b) for b in range(len(prompts))]
                 frames = sample(self.model, self._conditioning(prompts), seeds, self._latent_shape, c.sampler_steps,
-                                c.guidance_scale, batched_guidance=c.batched_guidance, tick=self._tick)  # fmt: skip
+                                c.guidance_scale, batched_guidance=self._memory_plan.batched_guidance,
+                                tick=self._tick)  # fmt: skip
                 self._tick("reward")
                 scores += self.reward.score(frames, prompts).tolist()
                 clips.append(frames.cpu())
@@ -262,8 +305,8 @@ class Trainer:
         return evaluation
 
     def _memory(self) -> int:
-        if self.model.device.type == "cuda":
-            return torch.cuda.max_memory_allocated(self.model.device)
+        if self._device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self._device)
         import psutil
 
         return psutil.Process().memory_info().rss
@@ -285,3 +328,8 @@ class Trainer:
         }
         names = self.model.lora_names(expert)
         write_lora(self.lora_paths[expert], adapter.weights(), names, metadata, getattr(torch, c.save_dtype))
+
+
+def _indexed(device: torch.device) -> torch.device:
+    """``cuda`` is the GPU in use, by its number, as tensors name it."""
+    return torch.device("cuda", torch.cuda.current_device()) if str(device) == "cuda" else device
