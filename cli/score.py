@@ -13,7 +13,7 @@ from torch import Tensor
 from tyro.conf import Positional, UseAppendAction
 
 from ..files import write_text
-from ..reward_models.judging import Scored, score_clip, table
+from ..reward_models.judging import Scored, best_first, score_clip, table
 from ..reward_models.protocol import Reward
 from .clips import FILE_NAME, Clip, gather, pair, prompts_for
 from .shared import find_reward, pick_device
@@ -34,6 +34,7 @@ class Score:
         download: Fetch weights that are missing into that folder.
         reference: Picture or video of what the clips should match, for rewards that need one.
         per_frame: Also score every frame as a picture of its own.
+        rank: Best first, by the first reward, instead of in the order given.
         as_clip: The pictures of a folder are the frames of one clip, in the order of their names.
         compare: Two folders or patterns, A and B, with videos of the same prompts: how much better is B? They are
             paired by their names, or, where no name is shared, in their order.
@@ -49,6 +50,7 @@ class Score:
     download: bool = False
     reference: Path | None = None
     per_frame: bool = False
+    rank: bool = False
     as_clip: bool = False
     compare: tuple[str, str] | None = None
     output: Path = Path("outputs/scores.csv")
@@ -67,7 +69,8 @@ class Score:
         for name in self.reward or ("tiny_clip",):
             reward = find_reward(name, self.reward_path, pick_device(self.device), download=self.download)
             scored.append(self._score(reward, clips, prompts, reference))
-        header, *rows = _rows(clips, prompts, scored, self.per_frame)
+        order = best_first(scored[0]) if self.rank else list(range(len(clips)))
+        header, *rows = _rows(clips, prompts, scored, order, self.per_frame)
         print(table([*header[2:], "file"], [[*map(_short, row[2:]), row[0]] for row in rows]))
         text = io.StringIO()
         csv.writer(text, lineterminator="\n").writerows([header, *rows])
@@ -110,13 +113,17 @@ class Score:
 
 
 def _rows(
-    clips: Sequence[Clip], prompts: Sequence[str], scored: Sequence[Sequence[Scored]], per_frame: bool
+    clips: Sequence[Clip],
+    prompts: Sequence[str],
+    scored: Sequence[Sequence[Scored]],
+    order: Sequence[int],
+    per_frame: bool,
 ) -> Iterator[list]:
     """The header, then a row a clip, followed, where asked, by one for each of its frames, counted from 1."""
     yield ["file", "prompt", *(["frame"] if per_frame else []), *(name for judged in scored for name in judged[0].clip)]
-    for index, (clip, prompt) in enumerate(zip(clips, prompts, strict=True)):
+    for index in order:
         here = [judged[index] for judged in scored]
-        start = [str(clip.path), prompt]
+        start = [str(clips[index].path), prompts[index]]
         yield [*start, *([""] if per_frame else []), *(value for each in here for value in each.clip.values())]
         columns = [each.frames.get(name, ()) for each in here for name in each.clip]
         for frame in range(max(map(len, columns))):

@@ -105,7 +105,7 @@ class LoadReward(io.ComfyNode):
             where = own.pop("path", "" if mixture else path)
             with patience(f"loading {name}", node):
                 return load_reward(
-                    name, where, rest, options=own, search=search, download=download, progress=_downloading(node)
+                    name, where, rest, options=own, search=search, download=download, progress=downloading(node)
                 )
 
         with engine():
@@ -141,7 +141,7 @@ def _option_inputs() -> list[io.Input]:
     return made
 
 
-def _downloading(node: str | None) -> Callable[[int, int], None]:
+def downloading(node: str | None) -> Callable[[int, int], None]:
     """The bar of a download in percent; a cancel point too."""
     progress, shown = Progress(100, node), -1
 
@@ -176,7 +176,7 @@ class Pinned:
         self._reward = reward
 
     def __getattr__(self, name: str) -> Any:
-        if name == "to":
+        if name == "to" or name.startswith("_"):
             raise AttributeError(name)
         return getattr(self._reward, name)
 

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Sequence
 
 from comfy_api.latest import io, ui
 from torch import Tensor
 
-from ..reward_models.judging import Scored, score_clip, table
+from ..reward_models.judging import Scored, best_first, score_clip, table
 from ..training.compare import difference_picture, frame_picture, paired_difference, ranking_picture
 from .bridge import Progress, engine, on_device, picture_to_image, say, to_frames
 from .types import LoadedReward, RewardType
@@ -133,7 +132,7 @@ class PickBest(io.ComfyNode):
             clips = _cut(batches, frames_per_clip[0])
             scored = _score_all(reward[0], clips, prompt[:1] * len(clips), reference, node)
         names = list(scored[0].clip)
-        order = sorted(range(len(clips)), key=lambda i: (math.isnan(scored[i].score), -scored[i].score))
+        order = best_first(scored)
         rows = [[str(p), str(i + 1), *_numbers(scored[i].clip.values())] for p, i in enumerate(order, 1)]
         text, numbers = table(["place", "clip", *names], rows), ", ".join(str(i + 1) for i in order)
         strips = [to_frames(clip)[0] for clip in clips]

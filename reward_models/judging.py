@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -78,6 +79,11 @@ def score_clip(
 def _columns(reward: Reward, frames: Tensor, prompts: list[str], reference: Tensor | None) -> dict[str, Tensor]:
     score = reward.score(frames, prompts, reference=reference)
     return {reward.name: score, **getattr(reward, "terms", {})}
+
+
+def best_first(scored: Sequence[Scored]) -> list[int]:
+    """Indices by score; NaN is no better than anything, and of equal ones the first comes first."""
+    return sorted(range(len(scored)), key=lambda i: (math.isnan(scored[i].score), -scored[i].score))
 
 
 def table(header: list[str], rows: list[list[str]]) -> str:

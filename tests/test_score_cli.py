@@ -10,7 +10,7 @@ import pytest
 import torch
 from reward_lora import cli
 from reward_lora.cli.clips import Clip, gather, pair, prompt_of_name
-from reward_lora.reward_models.judging import score_clip, table
+from reward_lora.reward_models.judging import Scored, best_first, score_clip, table
 from reward_lora.training.media import read_video, write_png, write_video
 
 REWARDS = '''
@@ -96,6 +96,15 @@ def test_scores_go_into_a_table_and_a_csv_file(capsys, folder):
         assert float(row["red"]) == pytest.approx(float(clip[0].mean()))
         assert float(row["dark"]) == pytest.approx(1 - float(clip.mean()))
         assert re.search(rf"{float(row['red']):.4f} \| +{float(row['dark']):.4f} \| {re.escape(row['file'])}", out)
+
+
+def test_rank_puts_the_best_first(capsys, folder):
+    status, out, err = run(capsys, "a", "--rank", "--reward", "own.py:Red", "--reward", "own.py:Dark")
+    assert status == 0, err
+    assert [row["file"][-5] for row in rows()] == ["3", "2", "1", "0"]
+    assert out.index("003.mp4") < out.index("000.mp4")
+    scored = [Scored({"a": value}) for value in (1.0, float("nan"), 2.0, 1.0, -float("inf"))]
+    assert best_first(scored) == [2, 0, 3, 4, 1]
 
 
 def test_a_mixture_writes_its_terms_too(capsys, folder):
