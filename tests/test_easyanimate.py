@@ -97,7 +97,7 @@ def test_newer_names_of_qwen_are_the_same_tensors():
 def test_loras_speak_of_the_publishers_names(models):
     names = models["v5"].lora_names("transformer")
     assert names["transformer_blocks.0.attn1.add_q_proj"] == "transformer_blocks.0.attn2.to_q"
-    assert names["transformer_blocks.1.attn1.to_add_out"] == "transformer_blocks.1.attn2.to_out.0"
+    assert names["transformer_blocks.0.attn1.to_add_out"] == "transformer_blocks.0.attn2.to_out.0"
     published = family.transformer_shapes(**family.TINY, **family.V5)
     layers = {n.removesuffix(".weight") for n, shape in published.items() if len(shape) == 2}
     assert set(names.values()) == layers
@@ -250,6 +250,20 @@ def test_the_first_latent_decodes_alone_as_in_the_whole_with_the_same_gradient(m
     assert (whole.grad[:, :, :1] - alone.grad).norm() < 1e-4 * alone.grad.norm()
     later = torch.autograd.grad(model.decode(whole)[:, :, -1].sum(), whole)[0]
     assert (later.abs().amax(dim=(0, 1, 3, 4)) > 0).all(), "the last frame depends on every latent"
+
+
+def test_blocks_without_weights_for_text_treat_it_as_video(models):
+    """Without positions a token's output must not depend on which of the two it is counted among."""
+    own, *shared = models["v51"].transformer.transformer_blocks
+    one, other = torch.randn(2, 1, 5, 32, generator=torch.Generator().manual_seed(1))
+
+    def difference(block):
+        as_video, as_text = block.attn1(one, encoder_hidden_states=other), block.attn1(other, encoder_hidden_states=one)
+        return max((a - b).abs().max() for a, b in zip(as_video, as_text[::-1], strict=True))
+
+    with torch.no_grad():
+        assert [difference(block) < 1e-5 for block in shared] == [True, True]
+        assert difference(own) > 0.1
 
 
 def test_positions_are_counted_on_the_fixed_grid_at_any_size(models):

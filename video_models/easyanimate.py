@@ -17,29 +17,12 @@ from torch import Tensor, nn
 
 from .easyanimate_decoder import decoder_stations
 from .easyanimate_keys import original_module_name
+from .easyanimate_published import as_published
 from .easyanimate_text import pack, unpack
 from .images import fit_image, masked_latents
 from .protocol import Carried, Conditioning, ModelSpec
-from .rotary import rotary_tables
 from .solvers import Ddim, FlowMatch
 from .stations import pass_through
-
-BASE_LATENTS = (60, 90)
-"""Latent height and width the positions are counted on, whatever ``sample_height`` and ``sample_width`` say."""
-
-
-class Rotary(nn.Module):
-    """Stands in for diffusers' ``rope_embedding``, whose tables differ from those the model was trained with."""
-
-    def __init__(self, patch_size: int, head_dim: int) -> None:
-        super().__init__()
-        self._patch, self._head_dim = patch_size, head_dim
-
-    def forward(self, latents: Tensor) -> tuple[Tensor, Tensor]:
-        """Tables for latents ``[B, C, t, h, w]``."""
-        t, h, w = latents.shape[2:]
-        base = (BASE_LATENTS[0] // self._patch, BASE_LATENTS[1] // self._patch)
-        return rotary_tables(self._head_dim, (t, h // self._patch, w // self._patch), base, latents.device)
 
 
 @dataclass(frozen=True)
@@ -67,7 +50,7 @@ class EasyAnimateModel:
 
     Args:
         spec: Facts about the model.
-        transformer: ``EasyAnimateTransformer3DModel``; its rotary tables are replaced by :class:`Rotary`.
+        transformer: ``EasyAnimateTransformer3DModel``; made to compute as published, see ``easyanimate_published``.
         vae: ``AutoencoderKLMagvit``.
         towers: Bert and T5 (V5), or Qwen2-VL (V5.1).
         solver: DDIM (V5) or flow matching (V5.1).
@@ -87,8 +70,7 @@ class EasyAnimateModel:
         self.denoisers = {"transformer": transformer}
         self.vae = vae
         self._towers, self._solver, self._fingerprint = tuple(towers), solver, fingerprint
-        config = transformer.config
-        transformer.rope_embedding = Rotary(config.patch_size, config.attention_head_dim)
+        config = as_published(transformer).config
         self._widths = [width for width in (config.text_embed_dim, config.text_embed_dim_t5) if width]
         if len(self._widths) != len(self._towers):
             raise ValueError(

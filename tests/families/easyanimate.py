@@ -19,7 +19,7 @@ from .wan_shapes import Shapes, _conv, _with_bias, fill
 
 LAYOUTS = ("original v5 inp, sharded", "original v5.1 inp", "diffusers v5.1 t2v")
 
-TINY = {"inner": 32, "head": 16, "layers": 3, "mmdit": 2, "time": 24}
+TINY = {"inner": 32, "head": 16, "layers": 3, "mmdit": 1, "time": 24}
 V5 = {"text": 12, "text_t5": 20}
 V51 = {"text": 16, "normed": True}
 WIDTHS = (8, 8, 16, 16)
