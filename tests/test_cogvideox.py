@@ -4,6 +4,7 @@ Loading, painting, learning and refusals of every layout are in ``test_families.
 """
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,7 @@ from reward_lora.video_models import WeightFileError, load_video_model
 from reward_lora.video_models.cogvideox import CogVideoXModel, position_table, resize_positions, rotary_of
 from reward_lora.video_models.cogvideox_files import build_transformer, describe, read_solver
 from reward_lora.video_models.images import GIVEN_NOISE
+from reward_lora.video_models.loading import load_tokenizer
 from reward_lora.video_models.solvers import Ddim
 
 FIXTURES = Path(__file__).parent / "fixtures"
@@ -112,6 +114,27 @@ def test_text_is_diffusers_with_its_padding(model, folders):
     assert torch.equal(branch["text"], torch.stack(embeddings))
     with pytest.raises(ValueError, match=r"takes texts of 12 tokens, got \[5, 12\]"):
         ours.conditioning([embeddings[0][:5], embeddings[1]], None, SHAPE)
+
+
+def test_the_tokenizer_answers_as_transformers_without_its_protobuf(folders, monkeypatch):
+    pytest.importorskip("google.protobuf", reason="transformers reads SentencePiece models through protobuf")
+    from transformers import AutoTokenizer
+
+    folder = folders["diffusers 2b"] / "tokenizer"
+    theirs = AutoTokenizer.from_pretrained(folder)
+    monkeypatch.setitem(sys.modules, "google.protobuf", None)  # as in a fresh ComfyUI
+    ours = load_tokenizer(folder)
+    texts = ["a red circle moves right", "", "  two   spaces ", "\u00e9t\u00e9 \u4e2d\u6587 A-b, c!", "the square " * 9]
+    for text in texts:
+        for options in ({"truncation": True}, {"truncation": True, "padding": "max_length", "return_tensors": "pt"}):
+            reference = theirs(text, max_length=12, **options).input_ids
+            answer = ours(text, max_length=12, **options).input_ids
+            assert torch.equal(torch.as_tensor(answer), torch.as_tensor(reference)), text
+    (folder / "spiece.model").rename(folder / "aside")
+    (folder / "spiece.model").write_bytes(b"no model")
+    with pytest.raises(WeightFileError, match="tokenizer in .* cannot be read"):
+        load_tokenizer(folder)
+    (folder / "aside").replace(folder / "spiece.model")
 
 
 @pytest.mark.parametrize("name", ["diffusers 2b", "diffusers 5b i2v, sharded"])

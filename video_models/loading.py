@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from .files import WeightFileError, find_weights, load_weights, parameter_count, read_json, read_weights
+from .sentence_pieces import SentencePiece
 
 Build = Callable[[Mapping[str, Any]], nn.Module]
 """From a configuration to a network, called under ``torch.device("meta")``."""
@@ -199,12 +200,15 @@ def text_files(weights: Path | None, tokenizer: Path) -> tuple[Path, ...]:
 
 
 def load_tokenizer(folder: Path) -> Any:
-    """transformers' tokenizer in a folder; never asks the hub."""
+    """transformers' tokenizer in a folder, or one like it; never asks the hub."""
     from transformers import AutoTokenizer
 
     if not folder.is_dir():
         raise WeightFileError(f"the tokenizer's folder {folder} is missing; download it with the model")
+    pieces = folder / "spiece.model"
     try:
+        if pieces.is_file() and not (folder / "tokenizer.json").is_file():
+            return SentencePiece(pieces.read_bytes())
         return AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except Exception as error:  # transformers raises whatever its many parsers raise
         raise WeightFileError(f"the tokenizer in {folder} cannot be read ({error}); download it again") from None

@@ -10,8 +10,6 @@ from collections.abc import Mapping
 from dataclasses import fields
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +18,7 @@ from ..files import existing
 from . import wan_encoder_keys
 from .files import WeightFileError, read_weights
 from .loading import Loader, ModelFiles, build_clip_vision, build_t5, component
+from .sentence_pieces import SentencePiece
 from .wan import WanModel
 from .wan_files import original_transformer, original_vae
 from .wan_parts import EXPERTS, Parts, assemble
@@ -57,7 +56,7 @@ def load_files(
             convert=wan_encoder_keys.convert_umt5,
         ),
         image_encoder=_image_encoder(paths.get("clip_vision"), paths["diffusion"]),
-        tokenizer=partial(SentencePiece.inside, paths["text"]),
+        tokenizer=partial(tokenizer_inside, paths["text"]),
         text_files=(paths["text"],),
     )
     return assemble(parts, paths["diffusion"].stem, {}, dtype=dtype, device=device, text=text)
@@ -79,40 +78,18 @@ def _image_encoder(path: Path | None, diffusion: Path) -> Loader:
     return load
 
 
-class SentencePiece:
-    """A tokenizer that answers as transformers' for UMT5 does.
-
-    Args:
-        model: Content of a SentencePiece model file.
+def tokenizer_inside(path: Path) -> SentencePiece:
+    """The tokenizer that a text encoder's file carries.
 
     Raises:
-        RuntimeError: The content is none.
+        WeightFileError: It carries none.
     """
-
-    def __init__(self, model: bytes) -> None:
-        import sentencepiece
-
-        self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)
-        self.pad_token_id = max(0, self._processor.pad_id())
-
-    @classmethod
-    def inside(cls, path: Path) -> SentencePiece:
-        """The tokenizer that a text encoder's file carries.
-
-        Raises:
-            WeightFileError: It carries none.
-        """
-        packed: Mapping[str, Tensor] = read_weights(path)
-        if "spiece_model" not in packed:
-            raise WeightFileError(
-                f"{path} has no tokenizer inside (spiece_model); take ComfyUI's umt5_xxl_fp16.safetensors or fp8_e4m3fn"
-            )
-        try:
-            return cls(packed["spiece_model"].numpy().tobytes())
-        except RuntimeError:
-            raise WeightFileError(f"the tokenizer inside {path} is damaged; download the file again") from None
-
-    def __call__(self, text: str, *, truncation: bool, max_length: int) -> Any:
-        """``input_ids`` that end with the end mark, cut to ``max_length`` with it."""
-        ids = self._processor.encode(text)
-        return SimpleNamespace(input_ids=[*(ids[: max_length - 1] if truncation else ids), self._processor.eos_id()])
+    packed: Mapping[str, Tensor] = read_weights(path)
+    if "spiece_model" not in packed:
+        raise WeightFileError(
+            f"{path} has no tokenizer inside (spiece_model); take ComfyUI's umt5_xxl_fp16.safetensors or fp8_e4m3fn"
+        )
+    try:
+        return SentencePiece(packed["spiece_model"].numpy().tobytes())
+    except RuntimeError:
+        raise WeightFileError(f"the tokenizer inside {path} is damaged; download the file again") from None
