@@ -15,6 +15,7 @@ from ..training.config import TrainConfig
 from ..training.events import TrainingStopped
 from ..video_models import BUILTIN
 from .lora import Catalog, Convert, Inspect, Merge
+from .lora_sweep import Sweep
 from .score import Score
 from .shared import read_recipe
 from .train import Demo, Train
@@ -29,6 +30,7 @@ COMMANDS = {
     "convert": Convert,
     "merge": Merge,
     "catalog": Catalog,
+    "sweep": Sweep,
     "selfcheck": Selfcheck,
 }
 

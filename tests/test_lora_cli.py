@@ -227,3 +227,19 @@ def test_catalog_fetches_into_a_folder(capsys, tmp_path, hub):
     assert "MPS for alibaba-pai/Wan2.1-Fun-14B-InP" in out
     run(capsys, "catalog", "fetch", f"{name}.safetensors", "--folder", tmp_path)
     assert len(hub) == 1, "it was there already"
+
+
+def test_sweep_command(capsys, tmp_path):
+    arguments = ("assets/tiny_reward_lora.safetensors", "--output-dir", tmp_path, "--strengths", "0.5", "1")
+    settings = ("--max-prompts", "3", "--steps", "2", "--batch-size", "3", "--shown", "2")
+    status, out, err = run(capsys, "sweep", *arguments, *settings)
+    assert status == 0, err
+    lines = (tmp_path / "sweep.csv").read_text().splitlines()
+    assert [line.split(",")[0] for line in lines] == ["strength", "0", "0.5", "1"]
+    assert (tmp_path / "sweep.png").stat().st_size > 1000
+    assert (tmp_path / "videos.png").stat().st_size > 1000
+    assert "modules matched" in out
+    assert "Use strength" in out or "Use no LoRA" in out
+    status, _, err = run(capsys, "sweep", *arguments, "--prompt", "one")
+    assert status == 2
+    assert "at least two videos" in err

@@ -193,8 +193,8 @@ def test_on_the_built_in_model_the_recommendation_is_within_two_points_of_the_be
     from reward_lora.video_models import load_video_model
 
     use = LoraUse(read_lora(ROOT / "assets" / "tiny_reward_lora.safetensors"), 1.0)
-    prompts = tuple(read_prompts(PROMPTS_TEST)[:96])
-    config = SweepConfig((0.5, 1.0, 1.25, 1.5), prompts=prompts, batch_size=32)
+    prompts = tuple(read_prompts(PROMPTS_TEST)[:72])
+    config = SweepConfig((0.5, 1.0, 1.25, 1.5), prompts=prompts, batch_size=36)
     points = list(run_sweep(load_video_model("builtin"), use, config, load_reward("tiny_clip"), [Truth()]))
     # The learned judge decides alone; the truth is only there to check it.
     sweep = Sweep(config, tuple(points), ("tiny_clip",))

@@ -19,7 +19,6 @@ from .prompts import EmbeddingStore
 from .sample import sample
 from .seeds import seed_for
 
-
 PLATEAU = 0.95
 """Share of the highest gain from which on a gentler strength is preferred."""
 
@@ -170,7 +169,7 @@ class Sweep:
         """
         gains = [(self.held_out_gain(point).mean, point) for point in self.still_moving]
         highest = max(gain for gain, _ in gains)
-        return next(point for gain, point in gains if gain >= min(highest, PLATEAU * highest))
+        return next(point for gain, point in gains if gain >= PLATEAU * highest)
 
     def reason(self) -> str:
         """Why :attr:`best` is recommended, in words."""
@@ -191,7 +190,7 @@ class Sweep:
         unit = "" if len(self.held_out) == 1 else " standard deviations"
         text = (
             f"Use strength {best.strength:g}: {most} by {names}, {gain.mean:+.4f}{unit} ({CONFIDENCE:.0%} interval "
-            f"{gain.low:+.4f} to {gain.high:+.4f}), with {self.motion_ratio(best):.2f} of the base model's motion{limit}"
+            f"{gain.low:+.4f} to {gain.high:+.4f}); motion is {self.motion_ratio(best):.2f} of the base model's{limit}"
         )
         if gain.low <= 0:
             text += "; but the interval holds 0, so a gain is not shown: take more prompts or seeds"
