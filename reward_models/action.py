@@ -121,7 +121,8 @@ def build_classifier(
 def _load(request: Request) -> ActionReward:
     folder = request.files["classifier"]
     weights = folder / "model.safetensors"
-    classifier = build_classifier(read_weights(weights), read_config(folder), weights, request.dtype)
+    wide = torch.promote_types(request.dtype, torch.float32)  # small; its gradients would vanish in half precision
+    classifier = build_classifier(read_weights(weights), read_config(folder), weights, wide)
     return ActionReward(classifier.to(request.device), request.options["action"])
 
 

@@ -91,7 +91,7 @@ class FaceIdentity:
         self._pools: dict[str, _Pool] = {}
 
     @classmethod
-    def load(cls, folder: Path | str, device: str = "cpu", dtype: torch.dtype = torch.float32) -> FaceIdentity:
+    def load(cls, folder: Path | str, device: str = "cpu") -> FaceIdentity:
         """Read a pack of insightface: ``antelopev2`` or ``buffalo_l``, also where its zip nested it in itself.
 
         Raises:
@@ -103,7 +103,7 @@ class FaceIdentity:
             raise WeightFileError(
                 f"{folder} holds no {names}; unpack antelopev2.zip or buffalo_l.zip there ({LICENCE})"
             )
-        return cls(FaceDetector(detector, device), FaceNetwork.load(network).to(device, dtype))
+        return cls(FaceDetector(detector, device), FaceNetwork.load(network).to(device))
 
     def score(self, frames: Tensor, prompts: Sequence[str], *, reference: Tensor | None = None) -> Tensor:
         """See :class:`.protocol.Reward`.
@@ -220,7 +220,7 @@ def _find(folder: Path, names: Sequence[str]) -> Path | None:
 
 def _load(request: Request) -> FaceIdentity:
     log.warning("%s", LICENCE)
-    return FaceIdentity.load(request.files["pack"], request.device, request.dtype)
+    return FaceIdentity.load(request.files["pack"], request.device)
 
 
 ENTRIES = {

@@ -336,13 +336,16 @@ def test_a_clip_without_any_face_scores_zero_and_says_so(face, caplog):
     assert "no face was found in its reference" in caplog.text
 
 
-def test_a_reference_scored_under_inference_mode_serves_training_later(face):
-    frames, reference = portraits(1), portraits(1, seed=1)
+def test_a_reference_is_embedded_once_and_under_inference_mode_serves_training_later(face, monkeypatch):
+    looked, landmarks = [], face.detector.landmarks
+    monkeypatch.setattr(face.detector, "landmarks", lambda picture: looked.append(1) or landmarks(picture))
+    frames, reference = portraits(1), portraits(3, seed=1)
     with torch.inference_mode():
         face.score(frames.clone(), [""], reference=reference.clone())
     frames.requires_grad_()
     face.score(frames, [""], reference=reference).sum().backward()
     assert frames.grad.any()
+    assert len(looked) == 3 + 1 + 1
 
 
 def test_a_reference_is_needed_and_must_fit(face):
