@@ -16,10 +16,13 @@ from ..reward_models import load_reward
 from ..reward_models.protocol import Reward
 from ..reward_models.spelling import parse
 from ..training.prompts import read_prompts
-from ..video_models import BUILTIN
+from ..video_models import BUILTIN, load_video_model
+from ..video_models.protocol import VideoModel
 
 ROOT = Path(__file__).resolve().parent.parent
 DType = Literal["auto", "float32", "bfloat16", "float16"]
+VIDEO_MODELS = Path("models/video_models")
+"""Where models are found by their name, and downloaded to."""
 
 
 def pick_device(name: str) -> str:
@@ -31,6 +34,25 @@ def pick_device(name: str) -> str:
     except RuntimeError as error:
         raise ValueError(f"device {name} cannot be used ({str(error).splitlines()[0]}); try auto or cpu") from None
     return name
+
+
+def open_model(name: str, *, dtype: str = "auto", device: str = "cpu", download: bool = False) -> VideoModel:
+    """A model by its folder, or by its name in ``models/video_models``; a download shows its progress.
+
+    Raises:
+        WeightFileError: It is not there, or cannot be used.
+    """
+    from tqdm import tqdm
+
+    with tqdm(unit="B", unit_scale=True, desc=name, disable=not download, leave=False, delay=1) as bar:
+
+        def progress(done: int, total: int) -> None:
+            bar.total, bar.n = total or None, done
+            bar.refresh()
+
+        return load_video_model(
+            name, dtype=dtype, device=device, search=[VIDEO_MODELS], download=download, progress=progress
+        )
 
 
 LORA_SPELLING = re.compile(r"(?P<path>.+?)(?::(?P<strength>[^:@/\\]*))?(?:@(?P<where>[^:@/\\]*))?")

@@ -9,8 +9,8 @@ from tyro.conf import UseAppendAction
 
 from ..lora.adapter import applied
 from ..training.prompts import read_prompts
-from ..video_models import BUILTIN, load_video_model
-from .shared import DType, parse_lora, pick_device
+from ..video_models import BUILTIN
+from .shared import DType, open_model, parse_lora, pick_device
 
 
 @dataclass
@@ -21,7 +21,8 @@ class Generate:
         prompt: What to show; may be repeated.
         prompts: Text file, one prompt a line.
         output_dir: Where the videos go.
-        model: A folder with a video model, or `builtin`.
+        model: A folder with a video model, the name of one in `models/video_models`, or `builtin`.
+        download: Fetch the model into `models/video_models` if it is a published one that is not there.
         lora: PATH or PATH:STRENGTH, strength -2..2; may be repeated.
         negative_prompt: What guidance leads away from.
         width: Pixels; 0 takes the model's default.
@@ -40,6 +41,7 @@ class Generate:
     prompts: Path | None = None
     output_dir: Path = Path("outputs")
     model: str = BUILTIN
+    download: bool = False
     lora: UseAppendAction[tuple[str, ...]] = ()
     negative_prompt: str = ""
     width: int = 0
@@ -66,7 +68,7 @@ class Generate:
             for key, path in (("start_image", self.start_image), ("end_image", self.end_image))
             if path
         }
-        model = load_video_model(self.model, dtype=self.dtype, device=pick_device(self.device))
+        model = open_model(self.model, dtype=self.dtype, device=pick_device(self.device), download=self.download)
         with applied(model, uses) as reports:
             print("\n".join(reports), end="\n" if reports else "")
             for index, prompt in enumerate(prompts):

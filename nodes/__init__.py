@@ -12,10 +12,11 @@ from .lora_model import ApplyRewardLoraToModel
 from .reward import CombineRewards, LoadReward
 from .score import Compare, PickBest, ScoreFrames
 from .train import TrainRewardLora
-from .video_model import LoadVideoModel
+from .video_model import LoadVideoModel, LoadVideoModelFiles
 
 NODES: list[type[io.ComfyNode]] = [
     LoadVideoModel,
+    LoadVideoModelFiles,
     GenerateVideo,
     LoadReward,
     CombineRewards,

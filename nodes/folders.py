@@ -9,7 +9,7 @@ from pathlib import Path
 
 import folder_paths
 
-from ..video_models import BUILTIN
+from ..video_models import BASE_MODELS, BUILTIN, WeightFileError, detect
 
 VIDEO_MODELS, REWARD_MODELS = "video_models", "reward_models"
 BUILTIN_LORA = "builtin: colour fix"
@@ -30,15 +30,53 @@ def video_model_roots() -> list[Path]:
     return [Path(p) for key in (VIDEO_MODELS, "diffusion_models") for p in folder_paths.get_folder_paths(key)]
 
 
-def list_video_models() -> list[str]:
-    """The built-in model, and every folder that looks like a whole model."""
-    found = set()
+def list_video_models() -> dict[str, str]:
+    """What can be loaded, with a word about each: the built-in model, the folders with a model of any family, and,
+    grouped by their family, the published ones that are not here yet."""
+    here: list[tuple[str, str, str]] = []
     for root in video_model_roots():
-        for pattern in ("*/model_index.json", "*/*/model_index.json", "*/config.json", "*/*/config.json"):
-            folders = {path.parent for path in root.glob(pattern)}
-            # A diffusers model has a config.json in each of its parts as well.
-            found |= {f.relative_to(root).as_posix() for f in folders if not (f.parent / "model_index.json").exists()}
-    return [BUILTIN, *sorted(found)]
+        here += [(family, folder.relative_to(root).as_posix(), _size(folder)) for family, folder in _models_in(root)]
+    listed = {BUILTIN: "tiny"} | {name: f"{family}, {size}" for family, name, size in sorted(here)}
+    names = {name.rpartition("/")[2] for name in listed}
+    absent = {name: model for name, model in BASE_MODELS.items() if name not in names}
+    for name, model in sorted(absent.items(), key=lambda item: (item[1].family, item[0])):
+        listed[name] = f"{model.family}, to download: {model.disk} GB, memory from {model.memory} GB, {model.licence}"
+    return listed
+
+
+def _models_in(folder: Path, depth: int = 2) -> list[tuple[str, Path]]:
+    """Models with their families in a folder and the folders below; what lies inside of a model is a part of it."""
+    try:
+        children = sorted(child for child in folder.iterdir() if child.is_dir())
+    except OSError:  # it is not there, or not ours to read
+        return []
+    found = []
+    for child in children:
+        try:
+            family = detect(child)
+        except WeightFileError:  # listed, so that loading it says what is wrong
+            family = "unreadable"
+        if family is not None:
+            found.append((family.removesuffix("_files"), child))
+        elif depth > 1:
+            found += _models_in(child, depth - 1)
+    return found
+
+
+def _size(folder: Path) -> str:
+    total = 0
+    for path in folder.rglob("*"):
+        with suppress(OSError):
+            total += path.stat().st_size if path.is_file() else 0
+    return f"{total / 1e9:.1f} GB"
+
+
+def model_file(folder: str, name: str) -> Path:
+    """A file of one of ComfyUI's model folders. Raises ``ValueError`` if it is not there."""
+    path = folder_paths.get_full_path(folder, name)
+    if path is None:
+        raise ValueError(f"there is no {name!r} in models/{folder}; choose a file from the list")
+    return Path(path)
 
 
 def reward_roots() -> list[Path]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING
 
 from .base_models import BASE_MODELS, BaseModel
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
     from ..hub import Progress
     from .protocol import VideoModel
 
-__all__ = ["BASE_MODELS", "BUILTIN", "FAMILIES", "ModelFiles", "WeightFileError", "load_video_model"]
+__all__ = ["BASE_MODELS", "BUILTIN", "FAMILIES", "ModelFiles", "WeightFileError", "detect", "load_video_model"]
 
 FAMILIES = (
     "wan_files",
@@ -71,13 +72,20 @@ def load_video_model(
 
             return load_files(source, dtype=chosen, device=device, text=text)
         folder = _find_folder(str(source), search, download, progress)
-        layouts: list[str] = []
-        for module_name in FAMILIES:
-            family = import_module(f".{module_name}", __name__)
-            if family.detect(folder):
-                return family.load(folder, dtype=chosen, device=device, text=text)
-            layouts += family.LAYOUTS
+        name = detect(folder)
+        if name is not None:
+            return _family(name).load(folder, dtype=chosen, device=device, text=text)
+    layouts = [layout for name in FAMILIES for layout in _family(name).LAYOUTS]
     raise WeightFileError(f"{folder} is no model we know: looked for {'; '.join(layouts)}")
+
+
+def detect(folder: Path) -> str | None:
+    """The family of ``FAMILIES`` whose model a folder holds. Raises ``WeightFileError`` for unreadable files."""
+    return next((name for name in FAMILIES if _family(name).detect(folder)), None)
+
+
+def _family(name: str) -> ModuleType:
+    return import_module(f".{name}", __name__)
 
 
 def _find_folder(wanted: str, search: Sequence[str | Path], download: bool, progress: Progress | None) -> Path:
