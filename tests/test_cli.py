@@ -152,6 +152,6 @@ def test_generate_score_inspect(capsys, tmp_path, monkeypatch):
     (video,) = (tmp_path / "o").glob("*.mp4")
     status, out, err = run(capsys, "score", video, "--prompt", prompt)
     assert status == 0, err
-    right = float(re.search(r"\| (0\.\d{4}) \|", out)[1])
+    right = float(re.search(r"\| +(0\.\d{4}) \|", out)[1])
     status, out, _ = run(capsys, "score", video, "--prompt", "a green square moves up on a white background")
-    assert float(re.search(r"\| (-?0\.\d{4}) \|", out)[1]) < right
+    assert float(re.search(r"\| +(-?0\.\d{4}) \|", out)[1]) < right

@@ -197,12 +197,8 @@ def test_bad_input_is_answered_in_a_sentence(comfyui, case):
     assert "Traceback" not in outcome.message
 
 
-def test_help_page_lists_every_reward_with_its_licence(comfyui):
+def test_every_reward_is_offered(comfyui):
     from reward_lora.reward_models import REWARDS
 
     offered = str(comfyui.ask("/object_info")[1]["RewardLoraLoadReward"]["input"]["required"]["name"])
-    page = (graphs.WORKFLOWS.parent / "web" / "docs" / "RewardLoraLoadReward.md").read_text(encoding="utf-8")
-    for name, entry in REWARDS.items():
-        assert repr(name) in offered
-        assert f"| {name} | {entry.summary} |" in page
-        assert entry.licence in page
+    assert all(repr(name) in offered for name in REWARDS)
