@@ -455,6 +455,7 @@ def test_frames_are_those_the_vae_can_decode():
         ("scheduler/scheduler_config", {"beta_schedule": "cosine"}, "beta_schedule must be linear or scaled_linear"),
         ("scheduler/scheduler_config", {"clip_sample": True}, "clip_sample must be off"),
         ("reward_lora", {"shift": 3.0}, "unknown option shift; allowed are .*snr_shift_scale"),
+        ("reward_lora", {"snr_shift_scale": 0}, r"snr_shift_scale must be above 0 in reward_lora\.json, got 0"),
     ],
 )
 def test_variants_we_cannot_run_are_refused(tmp_path, part, change, message):

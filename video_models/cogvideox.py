@@ -28,7 +28,7 @@ from .wan import float64_throughout
 class CogVideoXSpec(ModelSpec):
     """A :class:`ModelSpec` with CogVideoX's rule for frames.
 
-    The VAE decodes two latent frames at a time, the first time three: their number must be odd, or be one.
+    The VAE decodes two latent frames at a time, the first time three: their number must be odd.
 
     Attributes:
         most_frames: Positions and training end here.

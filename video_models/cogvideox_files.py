@@ -12,7 +12,7 @@ from torch import nn
 
 from .cogvideox import CogVideoXModel, CogVideoXSpec, resize_positions
 from .files import WeightFileError, find_weights, fingerprint, read_json
-from .loading import build_t5, component, diffusers, load_tokenizer, read_options, text_files
+from .loading import OPTIONS_FILE, build_t5, component, diffusers, load_tokenizer, read_options, text_files
 from .solvers import Ddim
 
 LAYOUTS = ("transformer/config.json of a CogVideoXTransformer3DModel, beside vae, text_encoder, tokenizer, scheduler",)
@@ -102,6 +102,8 @@ def read_solver(path: Path, variant: str, snr_shift_scale: float | None = None) 
     if variant == "inp":
         config["snr_shift_scale"] = 1.0
     if snr_shift_scale is not None:
+        if snr_shift_scale <= 0:
+            raise WeightFileError(f"snr_shift_scale must be above 0 in {OPTIONS_FILE}, got {snr_shift_scale}")
         config["snr_shift_scale"] = snr_shift_scale
     try:
         return Ddim.from_config({**config, "timestep_spacing": "trailing"})
