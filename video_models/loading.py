@@ -214,6 +214,18 @@ def load_tokenizer(folder: Path) -> Any:
         raise WeightFileError(f"the tokenizer in {folder} cannot be read ({error}); download it again") from None
 
 
+def open_clip_tokenizer(tokens: int) -> Callable[[list[str]], Tensor]:
+    """OpenCLIP's tokenizer, which comes with its package: from prompts to ``[N, tokens]``, zero-padded."""
+    try:
+        import open_clip
+    except ImportError:
+        raise WeightFileError(
+            "the tokenizer of OpenCLIP's text encoder comes with the package open_clip_torch; "
+            "pip install open_clip_torch"
+        ) from None
+    return open_clip.SimpleTokenizer(context_length=tokens)
+
+
 def read_options(folder: Path, **more: Any) -> dict[str, Any]:
     """What ``reward_lora.json`` of a model's folder overrides: defaults of its ``ModelSpec``.
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from . import videocrafter_keys as keys
 from .files import WeightFileError, fingerprint, read_weights
-from .loading import build_clip_text, diffusers, materialise, read_options
+from .loading import build_clip_text, diffusers, materialise, open_clip_tokenizer, read_options
 from .protocol import ModelSpec
 from .videocrafter import TEXT_TOKENS, VideoCrafterModel
 from .videocrafter_unet import UNetConfig, VideoCrafterUNet
@@ -75,7 +75,7 @@ def load(
     text_encoder = tokenizer = None
     if text:
         text_encoder = part("text", build_clip_text, keys.text_config, keys.convert_text)
-        tokenizer = _tokenizer()
+        tokenizer = open_clip_tokenizer(TEXT_TOKENS)
     eta = float(options.pop("eta", DEFAULT_ETA))
     if not 0 <= eta <= 1:
         raise WeightFileError(f"{folder}: eta must lie in 0..1, got {eta}")
@@ -95,16 +95,6 @@ def load(
 
 def _build_unet(config: Mapping[str, Any]) -> nn.Module:
     return VideoCrafterUNet(UNetConfig(**config))
-
-
-def _tokenizer() -> Callable[[list[str]], Tensor]:
-    try:
-        import open_clip
-    except ImportError:
-        raise WeightFileError(
-            "VideoCrafter2's tokenizer comes with the package open_clip_torch; pip install open_clip_torch"
-        ) from None
-    return open_clip.SimpleTokenizer(context_length=TEXT_TOKENS)
 
 
 def describe(name: str, unet: VideoCrafterUNet, vae: nn.Module, eta: float) -> ModelSpec:
