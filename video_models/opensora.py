@@ -162,9 +162,9 @@ class OpenSoraModel:
         fps = torch.full((len(wanted),), IMAGE_FPS if latent_shape[1] == 1 else self.spec.fps, device=self.device)
 
         def branch(texts: Sequence[Tensor]) -> dict[str, Tensor]:
-            padded = torch.stack([F.pad(text, (0, 0, 0, longest - len(text))) for text in texts])
-            mask = torch.stack([torch.arange(longest) < len(text) for text in texts])
-            return {"text": padded.to(self.device, self.dtype), "mask": mask.to(self.device), "fps": fps}
+            padded = [F.pad(text.to(self.device, self.dtype), (0, 0, 0, longest - len(text))) for text in texts]
+            mask = torch.stack([torch.arange(longest, device=self.device) < len(text) for text in texts])
+            return {"text": torch.stack(padded), "mask": mask, "fps": fps}
 
         return Conditioning(branch(wanted), None if negative is None else branch(unwanted))
 

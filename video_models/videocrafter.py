@@ -102,7 +102,7 @@ class VideoCrafterModel:
         fps = torch.full((len(positive),), self._fps, device=self.device)
 
         def branch(texts: Sequence[Tensor]) -> dict[str, Tensor]:
-            return {"text": torch.stack(list(texts)).to(self.device, self.dtype), "fps": fps}
+            return {"text": torch.stack([text.to(self.device, self.dtype) for text in texts]), "fps": fps}
 
         return Conditioning(branch(positive), None if negative is None else branch(negative))
 
