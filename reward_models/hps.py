@@ -50,13 +50,32 @@ class HpsJudge(nn.Module):
         return self.clip.encode_text(self.tokenize(prompt).to(self.clip.logit_scale.device))[0]
 
 
+class ForClassToken(nn.Module):
+    """The last block of a vision tower, computed for the class token alone: nobody reads the others after it."""
+
+    def __init__(self, block: nn.Module) -> None:
+        super().__init__()
+        self.block = block
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """``[N, L, width]``, in older releases ``[L, N, width]``, to L = 1."""
+        block = self.block
+        first = (slice(None), slice(1)) if block.attn.batch_first else slice(1)
+        normed = block.ln_1(x)
+        x = x[first] + block.ls_1(block.attn(normed[first], normed, normed, need_weights=False)[0])
+        return x + block.ls_2(block.mlp(block.ln_2(x)))
+
+
 def build_hps(
     tensors: Mapping[str, Tensor], config: Mapping[str, Any], source: object, dtype: torch.dtype
 ) -> nn.Module:
     """``open_clip.CLIP`` of a configuration in open_clip's terms."""
     from open_clip import CLIP
 
-    return build(lambda: CLIP(**config), tensors, source, dtype)
+    clip = build(lambda: CLIP(**config), tensors, source, dtype)
+    blocks = clip.visual.transformer.resblocks
+    blocks[-1] = ForClassToken(blocks[-1])
+    return clip
 
 
 def _load(request: Request) -> FrameReward:

@@ -20,7 +20,7 @@ RECOMPUTED = (".position_ids", ".inv_freq")
 """Buffers that older files hold and newer classes make themselves."""
 
 
-class _WithoutInit(TorchFunctionMode):
+class without_start(TorchFunctionMode):  # noqa: N801 - used like a function
     """What is about to be overwritten is not filled with random numbers first."""
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
@@ -44,7 +44,7 @@ def build(make: Callable[[], Network], tensors: Mapping[str, Tensor], source: ob
     Raises:
         WeightFileError: A weight is missing, too many, or of another shape.
     """
-    with _WithoutInit():
+    with without_start():
         network = make()
     expected = network.state_dict()
     tensors = {key: value for key, value in tensors.items() if key in expected or not key.endswith(RECOMPUTED)}
@@ -79,7 +79,7 @@ def build_renamed(
         source: Where they are from, for the error.
         dtype: Of the network.
     """
-    with _WithoutInit():
+    with without_start():
         network = make()
     known, named = network.state_dict().keys(), {}
     for name, tensor in tensors.items():
