@@ -89,7 +89,7 @@ def _load(request: Request) -> FrameReward:
 
 
 def _entry(file: str, sha256: str, size: int, summary: str) -> RewardEntry:
-    url = f"https://github.com/mihirp1998/VADER/raw/main/assets/{file}"
+    url = f"https://github.com/mihirp1998/VADER/raw/adaf2ef74763bd84dafaafe1eed98e209fae1843/assets/{file}"
     head = Part(file, RemoteFile(url, sha256=sha256, size=size))
     return RewardEntry(_load, summary, "head: none stated; CLIP ViT-L/14: MIT", {"head": head, "tower": CLIP_L14})
 
