@@ -42,7 +42,7 @@ def dynamic_degree(frames: Tensor) -> Tensor:
     """``[B, 3, T, H, W]`` to ``[B]``: how fast the fastest parts move, 0 (still) to 1.
 
     Brightness constancy (Horn and Schunck, 1981) ties a speed v to the brightness I of a window:
-    ``v^2 = var(dI/dt) / (mean |grad I|^2 + noise)``; the variance leaves out what flickers as a whole. Clips are shrunk to
+    ``v^2 = var(dI/dt) / (mean |grad I|^2 + noise)``; the variance leaves out flicker. Clips are shrunk to
     a short side of 64 pixels, windows are 8x8 (smaller clips: all of it that fits), v is in short sides a frame, and a
     window's degree is ``v^2 / (v^2 + (6/256)^2)``, 0.5 where VBench's optical flow calls a clip dynamic. The score is
     the mean over the times of the mean over the fastest 5 % of the windows. It has no square root and no flow network,
