@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 from contextlib import closing
+from copy import copy
+from dataclasses import replace
 from pathlib import Path
 
 import folder_paths
@@ -52,7 +54,8 @@ class TrainingRun:
         config: TrainConfig,
         prefix: str,
     ) -> None:
-        self.loaded, self.reward, self.prompts, self.config = loaded, reward, prompts, config
+        self.loaded, self.prompts, self.config = loaded, prompts, config
+        self.reward = replace(reward, reward=copy(reward.reward))  # what a mixture learns of its terms stays here
         self.samples = (samples or prompts)[: config.sample_count]
         self.folder = self._choose_folder(folders.check_prefix(prefix), samples)
         self.first: Evaluation | None = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 
 import numpy as np
@@ -147,13 +148,26 @@ def test_reward_that_stays_on_its_device_scores_the_same(comfyui):
     assert outputs["8"]["score"] == outputs["6"]["score"]
 
 
-def test_a_mixture_trains(comfyui):
-    graph = graphs.train(prefix="tests/mixture", steps=2)
+def test_what_a_mixture_learns_while_training_stays_in_the_run(comfyui):
+    graph = graphs.train(prefix="tests/mixture", steps=3, batch_size=4)
     reward = next(k for k, n in graph.items() if n["class_type"] == "RewardLoraLoadReward")
-    graph[reward]["inputs"]["mixture"] = "softmin(tiny_clip+motion*10, normalised, balanced)"
+    graph[reward]["inputs"]["mixture"] = "sum(tiny_clip+motion*10, normalised, balanced)"
     outcome = comfyui.run(graph)
     assert outcome.status == "success", outcome.message
-    assert any(file.suffix == ".safetensors" for file in comfyui.files(outcome))
+    (file,) = (file for file in comfyui.files(outcome) if file.suffix == ".safetensors")
+    steps = [json.loads(line) for line in (file.parent / "log.jsonl").read_text().splitlines()]
+    assert steps[1]["reward"] == pytest.approx(steps[1]["terms"]["tiny_clip"] + 10 * steps[1]["terms"]["motion"])
+    assert steps[3]["reward"] != pytest.approx(steps[3]["terms"]["tiny_clip"] + 10 * steps[3]["terms"]["motion"])
+
+    graph["clip"] = {"class_type": "EmptyImage", "inputs": {"width": 32, "height": 32, "batch_size": 2, "color": 255}}
+    graph["score"] = graphs.node("ScoreFrames", reward=[reward, 0], images=["clip", 0], prompt=graphs.PROMPT,
+                                 every_frame=False)  # fmt: skip
+    outcome = comfyui.run(graph)
+    assert outcome.status == "success", outcome.message
+    assert reward in outcome.cached
+    text = outcome.outputs["score"]["text"][0]
+    (total,) = column(text, "sum(tiny_clip+motion*10, normalised, balanced)")
+    assert [total] == pytest.approx(column(text, "tiny_clip"), abs=1e-4), "the clip does not move"
 
 
 def broken(kind: str, **changes) -> dict:
