@@ -17,9 +17,8 @@ from ..video_models.opensora_files import network_config, temporal_config
 from ..video_models.opensora_transformer import STDiT3, positions
 from ..video_models.opensora_vae import OpenSoraVae
 from ..video_models.solvers import flow_match_sigmas
-from .parity import tolerance
+from .parity import relative, tolerance
 from .report import Line
-from .videocrafter import error
 
 if TYPE_CHECKING:
     from .fixtures import Fixture
@@ -39,12 +38,12 @@ def check_transformer(fixture: Fixture) -> Iterator[Line]:
         return network(x, io["timestep"], text, mask, io["fps"], size, given)
 
     base = predict(io["x"])
-    yield Line("bare", "", error(base, io["out"]), allowed)
-    yield Line("all text", "", error(predict(io["x"], torch.ones_like(mask)), io["out_no_mask"]), allowed)
-    yield Line("given frames", "", error(predict(io["x"], given=~io["x_mask"]), io["out_x_mask"]), allowed)
+    yield Line("bare", "", relative(base, io["out"]), allowed)
+    yield Line("all text", "", relative(predict(io["x"], torch.ones_like(mask)), io["out_no_mask"]), allowed)
+    yield Line("given frames", "", relative(predict(io["x"], given=~io["x_mask"]), io["out_x_mask"]), allowed)
     none_given = torch.zeros_like(io["x_mask"])
-    yield Line("no given frame", "", error(predict(io["x"], given=none_given), io["out_x_mask_all_true"]), allowed)
-    yield Line("odd size", "", error(predict(io["pad_x"]), io["pad_out"]), allowed)
+    yield Line("no given frame", "", relative(predict(io["x"], given=none_given), io["out_x_mask_all_true"]), allowed)
+    yield Line("odd size", "", relative(predict(io["pad_x"]), io["pad_out"]), allowed)
     branches = len(io["cfg_y"])  # the caption and none, which is cut to the tokens of the caption
     guided = network(
         io["cfg_x"].expand(branches, -1, -1, -1, -1),
@@ -54,7 +53,7 @@ def check_transformer(fixture: Fixture) -> Iterator[Line]:
         io["fps"][:1].expand(branches),
         size,
     )
-    yield Line("both branches", "", error(guided, io["cfg_out"]), allowed)
+    yield Line("both branches", "", relative(guided, io["cfg_out"]), allowed)
     patches = zip(io["x"].shape[3:], network.config.patch_size[1:], strict=True)
     rows, columns = (-(-count // patch) for count, patch in patches)
     scale = (size[0] * size[1]) ** 0.5 / network.config.input_sq_size
@@ -66,14 +65,14 @@ def check_transformer(fixture: Fixture) -> Iterator[Line]:
         "rope_out": network.rope(io["rope_in"]),
     }
     for name in parts.keys() & io.keys():
-        yield Line(name, "", error(parts[name], io[name]), allowed)
+        yield Line(name, "", relative(parts[name], io[name]), allowed)
     for path in sorted(fixture.folder.glob("lora*.safetensors")):
         names = {name: name for name in linear_shapes(network)}
         matched = match(read_lora(path), names, linear_shapes(network))
         if matched.unmatched:
             raise ValueError(f"LoRA modules without a place: {', '.join(matched.unmatched[:3])}")
         adapter = inject_weights(network, matched)
-        yield Line(f"{path.stem}", "", error(predict(io["x"]), io["out_lora"]), allowed)
+        yield Line(f"{path.stem}", "", relative(predict(io["x"]), io["out_lora"]), allowed)
         adapter.remove()
         same = torch.equal(predict(io["x"]), base)
         yield Line("LoRA removed, to the bit", "", 0.0 if same else float("inf"), 0.0)
@@ -94,19 +93,19 @@ def check_vae(fixture: Fixture) -> Iterator[Line]:
     for frames in lengths:
         latents = io[f"z_{frames}"]
         middle = torch.cat(list(vae.decode_time(latents, frames)), dim=2)
-        yield Line(f"{frames} frames, time", "", error(middle, io[f"xz_{frames}"]), allowed)
-        yield Line(f"{frames} frames", "", error(vae.decode(latents, frames), io[f"video_{frames}"]), allowed)
+        yield Line(f"{frames} frames, time", "", relative(middle, io[f"xz_{frames}"]), allowed)
+        yield Line(f"{frames} frames", "", relative(vae.decode(latents, frames), io[f"video_{frames}"]), allowed)
     if "vader_frame_video" in io:  # one latent alone; of which video is not told
         index = int(io["vader_frame_index"])
         latents = [io[f"z_{frames}"] for frames in lengths]
         alone = [part[:, :, i : i + 1] for part in latents for i in (0, index) if i < part.shape[2]]
-        errors = [error(vae.decode(part), io["vader_frame_video"]) for part in alone]
+        errors = [relative(vae.decode(part), io["vader_frame_video"]) for part in alone]
         yield Line("one latent alone", "", min(errors), allowed)
     moments = vae.encode_time(io["enc_xz"])
-    yield Line("moments", "", error(moments, io["enc_moments"]), allowed)
-    yield Line("latents", "", error(vae.normalised(moments), io["enc_z"]), allowed)
+    yield Line("moments", "", relative(moments, io["enc_moments"]), allowed)
+    yield Line("latents", "", relative(vae.normalised(moments), io["enc_z"]), allowed)
     pictures = vae.encode_space(io["enc_frames"])
-    yield Line("pictures", "", error(pictures, io["enc_frames_spatial_mean_scaled"]), allowed)
+    yield Line("pictures", "", relative(pictures, io["enc_frames_spatial_mean_scaled"]), allowed)
 
 
 def check_solver(fixture: Fixture) -> Iterator[Line]:
@@ -145,11 +144,11 @@ def _walks(fixture: Fixture, io: Mapping[str, Tensor], allowed: float) -> Iterat
             timestep = io[f"{name}_t"][index]
             yield Line(f"{name} {index}, time", "", float((1000 * part - timestep).abs().max()), 1e-3)
             both = [velocity(x, part, text) for text in (io["y"][:, 0], io["y_null"])]
-            yield Line(f"{name} {index}, model", "", error(torch.cat(both), io[f"{name}_model_out"][index]), allowed)
+            yield Line(f"{name} {index}, model", "", relative(torch.cat(both), io[f"{name}_model_out"][index]), allowed)
             cond, none = (output[:, :channels] for output in both)
             x = flow_step(x, none + float(meta["guidance_scale"]) * (cond - none), part, after)
-        yield Line(name, "", error(x, io[f"{name}_out"]), allowed)
+        yield Line(name, "", relative(x, io[f"{name}_out"]), allowed)
     for i, timestep in enumerate(io["an_t"]):
         clean, noise, noisy = (io[f"an_{name}"][i] for name in ("x0", "noise", "xt"))
         found = flow_step(noisy, clean - noise, timestep.double() / 1000, torch.zeros(()))
-        yield Line(f"noised to {float(timestep):.0f}", "", error(found, clean), allowed)
+        yield Line(f"noised to {float(timestep):.0f}", "", relative(found, clean), allowed)

@@ -30,6 +30,11 @@ def largest(ours: Tensor, reference: Tensor) -> float:
     return float((ours - reference).abs().max() / reference.abs().max().clamp(min=1))
 
 
+def relative(ours: Tensor, reference: Tensor) -> float:
+    """Root of the mean squared difference, relative to the reference's root mean square."""
+    return relative_error({"": ours}, {"": reference}) if ours.shape == reference.shape else float("inf")
+
+
 def with_lora(model: VideoModel, fixture: Fixture, strength: float) -> Adapter:
     """The fixture's LoRA put into the model; raises ``ValueError`` for a module without a place."""
     declared = (fixture.meta.get("lora") or {}).get("file")

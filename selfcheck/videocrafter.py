@@ -17,8 +17,7 @@ from ..video_models.videocrafter import VideoCrafterModel
 from ..video_models.videocrafter_ddim import Diffusion, ddim_factors, ddim_step, ddim_timesteps, scaled_diffusion
 from ..video_models.videocrafter_files import describe
 from ..video_models.videocrafter_unet import VideoCrafterUNet
-from .exactness import relative_error
-from .parity import tolerance
+from .parity import relative, tolerance
 from .report import Line
 
 if TYPE_CHECKING:
@@ -26,11 +25,6 @@ if TYPE_CHECKING:
 
 OMITTED_FPS = 16
 """What the publisher's network takes when nobody says a frame rate."""
-
-
-def error(ours: Tensor, reference: Tensor) -> float:
-    """Root of the mean squared difference, relative to the reference's root mean square."""
-    return relative_error({"": ours}, {"": reference}) if ours.shape == reference.shape else float("inf")
 
 
 def build(fixture: Fixture, eta: float = 1.0) -> VideoCrafterModel:
@@ -80,7 +74,9 @@ def check_unet(fixture: Fixture) -> Iterator[Line]:
         else:
             fps = io["fps"]
         with torch.no_grad():
-            yield Line(key, "", error(predict(model, io["x"], io["timesteps"], io["context"], fps), io[key]), allowed)
+            yield Line(
+                key, "", relative(predict(model, io["x"], io["timesteps"], io["context"], fps), io[key]), allowed
+            )
 
 
 def check_lora(fixture: Fixture) -> Iterator[Line]:
@@ -91,7 +87,7 @@ def check_lora(fixture: Fixture) -> Iterator[Line]:
     inputs = [io[name] for name in ("x", "timesteps", "context", "fps")]
     with torch.no_grad():
         base = predict(model, *inputs)
-    yield Line("base", "", error(base, io["out_base"]), allowed)
+    yield Line("base", "", relative(base, io["out_base"]), allowed)
     reference = fixture.tensors("lora_grads.safetensors")
     for path in sorted(fixture.folder.glob("*.pt")) + [fixture.folder / "lora.safetensors"]:
         matched = match(read_lora(path), names, shapes)
@@ -102,12 +98,12 @@ def check_lora(fixture: Fixture) -> Iterator[Line]:
         with torch.enable_grad():
             output = predict(model, *inputs)
             (output * io["grad_weight"]).mean().backward()
-        yield Line(f"{path.name}, output", "", error(output.detach(), io["out_lora"]), allowed)
+        yield Line(f"{path.name}, output", "", relative(output.detach(), io["out_lora"]), allowed)
         parameters, places = adapter.parameters(), ModuleNames(names)
         errors = {}
         for key, gradient in reference.items():
             module, part = split_key(key)
-            errors[key] = error(parameters.pop(f"{places.find(module)}.{part}").grad, gradient)
+            errors[key] = relative(parameters.pop(f"{places.find(module)}.{part}").grad, gradient)
         if parameters:
             raise ValueError(f"the fixture has no gradient for {min(parameters)}")
         worst = max(errors, key=errors.get)
@@ -158,7 +154,7 @@ def _largest(ours: Tensor, reference: Tensor) -> float:
 def _single_steps(fixture: Fixture, io: Mapping[str, Tensor], noise: Diffusion, allowed: float) -> Iterator[Line]:
     for i, t in enumerate(io["q_t"]):  # noised as in training, a step to 0 must find the signal again
         x0 = ddim_step(noise, io["q_xt"][i], io["q_noise"][i], noise.levels[t], 0.0, eta=0.0)
-        yield Line(f"signal of t = {int(t)}", "", error(x0, io["q_x0"][i]), allowed)
+        yield Line(f"signal of t = {int(t)}", "", relative(x0, io["q_x0"][i]), allowed)
     steps = int(re.search(r"\d+", str(fixture.meta.get("single_step_schedule", 25)))[0])
     times = [0, *ddim_timesteps(noise, steps)[::-1]]
     cond, uncond = io["step_eps_cond"], io["step_eps_uncond"]
@@ -169,10 +165,10 @@ def _single_steps(fixture: Fixture, io: Mapping[str, Tensor], noise: Diffusion, 
         index, eta = int(found[1]), float(found[2])
         now, after = noise.levels[times[index + 1]], noise.levels[times[index]]
         stepped = ddim_step(noise, io["step_x"], guided, now, after, eta, io["step_noise"])
-        yield Line(key, "", error(stepped, io[key]), allowed)
+        yield Line(key, "", relative(stepped, io[key]), allowed)
         clean = ddim_step(noise, io["step_x"], guided, now, 0.0, eta)
         key = key.replace("x_prev", "pred_x0")
-        yield Line(key, "", error(clean, io[key]), allowed)
+        yield Line(key, "", relative(clean, io[key]), allowed)
 
 
 @torch.no_grad()
@@ -187,6 +183,6 @@ def _loop(fixture: Fixture, io: Mapping[str, Tensor], allowed: float) -> Iterato
         guided = uncond + scale * (cond - uncond)
         clean = model.step(x, guided, sigma, sigma.new_zeros(()))
         x = model.step(x, guided, sigma, sigma_next, io["loop_noise"][index])
-        yield Line(f"walk {index}, x0", "", error(clean, io[f"loop_{index}_pred_x0"]), allowed)
-        yield Line(f"walk {index}", "", error(x, io[f"loop_{index}_x_prev"]), allowed)
-    yield Line("walk's end", "", error(x, io["loop_out"]), allowed)
+        yield Line(f"walk {index}, x0", "", relative(clean, io[f"loop_{index}_pred_x0"]), allowed)
+        yield Line(f"walk {index}", "", relative(x, io[f"loop_{index}_x_prev"]), allowed)
+    yield Line("walk's end", "", relative(x, io["loop_out"]), allowed)
