@@ -76,7 +76,9 @@ class Sweep:
     def run(self) -> int:
         from tqdm import tqdm
 
+        from ..training.gradient import silent
         from ..training.media import write_png
+        from ..training.memory import Placement, plan_for
         from ..training.sweep import SweepConfig, finished, run_sweep
         from ..training.sweep_report import sweep_csv, sweep_plot, sweep_rows, sweep_sheet
 
@@ -87,8 +89,10 @@ class Sweep:
         judge, *others = (find_reward(name, self.reward_path, device) for name in (self.reward, *self.also))
         model = load_video_model(self.model, dtype=self.dtype, device=device)
         print("\n".join(use.check(model)))
-        with tqdm(run_sweep(model, use, config, judge, others, kept=kept), total=len(config.strengths)) as points:
-            sweep = finished(config, list(points))
+        tick = Placement(model, None, silent, plan_for("auto", model), model.device)  # the text encoder leaves
+        points = run_sweep(model, use, config, judge, others, kept=kept, tick=tick)
+        with tqdm(points, total=len(config.strengths), unit="strength") as bar:
+            sweep = finished(config, list(bar))
         print(table(*sweep_rows(sweep)))
         for path in (
             write_text(self.output_dir / "sweep.csv", sweep_csv(sweep)),

@@ -9,6 +9,7 @@ from .generate import GenerateVideo
 from .lora import ApplyRewardLora, SaveRewardLora
 from .lora_catalog import FetchPublishedLora
 from .lora_model import ApplyRewardLoraToModel
+from .lora_sweep import SweepLoraStrength
 from .reward import CombineRewards, LoadReward
 from .score import Compare, PickBest, ScoreFrames
 from .train import TrainRewardLora
@@ -27,6 +28,7 @@ NODES: list[type[io.ComfyNode]] = [
     ApplyRewardLora,
     ApplyRewardLoraToModel,
     FetchPublishedLora,
+    SweepLoraStrength,
     SaveRewardLora,
 ]
 

@@ -218,7 +218,7 @@ def run_sweep(
         judge: The reward the LoRA was trained towards.
         others: Rewards it was not trained towards.
         kept: LoRAs that stay applied at their own strength.
-        tick: Called before every call of a large model; may raise to stop.
+        tick: Called before every call of a large model; may move models, and may raise to stop.
 
     Raises:
         ValueError: A size the model does not have, or a reward that needs a reference video.
@@ -232,8 +232,6 @@ def run_sweep(
     shape = spec.latent_shape(config.width or spec.width, config.height or spec.height, config.frames or spec.frames)
     scale, texts = config.guidance_scale or spec.guidance_scale, EmbeddingStore(model)
     texts.prepare([*config.prompts, *([config.negative_prompt] if scale != 1 else ())], tick)
-    if model.device.type != "cpu":
-        model.to("cpu", "text")
     for strength in config.strengths:
         scores: dict[str, list[float]] = {reward.name: [] for reward in rewards}
         motion, shown = [], []
@@ -241,6 +239,7 @@ def run_sweep(
             for start in range(0, len(config.videos), config.batch_size):
                 prompts, seeds = zip(*config.videos[start : start + config.batch_size], strict=True)
                 negative = [texts[config.negative_prompt]] * len(prompts) if scale != 1 else None
+                tick("rollout")  # the denoiser is where the conditioning shall be
                 conditioning = model.conditioning([texts[prompt] for prompt in prompts], negative, shape)
                 clips = sample(model, conditioning, seeds, shape, config.steps or spec.steps, scale, tick=tick)
                 for reward in rewards:

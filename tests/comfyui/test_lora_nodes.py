@@ -248,3 +248,42 @@ def test_the_catalogue_needs_no_network_to_say_what_to_do(comfyui):
     outcome = comfyui.run(graph)
     assert outcome.status == "success", outcome.message
     assert "shown at strength 0.7" in outcome.outputs["1"]["text"][0]
+
+
+def sweep_graph(**changes) -> dict:
+    graph = graphs.workflow("sweep_lora_strength")
+    graph["4"]["inputs"] |= {"strengths": "0.5 1", "max_prompts": 3, "batch_size": 3, "steps": 2} | changes
+    graph["8"]["inputs"] |= {"steps": 2}
+    return graph
+
+
+def test_the_sweep_recommends_and_its_strength_is_used(comfyui):
+    outcome = comfyui.run(sweep_graph())
+    assert outcome.status == "success", outcome.message
+    files = comfyui.files(outcome)
+    (table,) = (file for file in files if file.suffix == ".csv")
+    rows = [line.split(",") for line in table.read_text().splitlines()]
+    assert [row[0] for row in rows] == ["strength", "0", "0.5", "1"]
+    (best,) = (row[0] for row in rows if row[-1] == "recommended")
+    assert {file.name for file in files} >= {"sweep_00001_.csv", "sweep_00001_plot.png", "sweep_00001_videos.png"}
+    text = outcome.outputs["4"]["text"][0]
+    assert text.startswith("Use no LoRA" if best == "0" else f"Use strength {best}")
+    assert f"strength {best}" in outcome.outputs.get("7", {"text": [f"strength {best}"]})["text"][0]
+    assert "Use strength" in str(outcome.outputs["6"]) or "Use no LoRA" in str(outcome.outputs["6"])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"strengths": "0.5, strong"}, "strengths must be numbers"),
+        ({"strengths": "0.5, 7"}, "strength must lie in -2..2"),
+        ({"prompt_file": "", "prompts": ""}, "at least two videos"),
+        ({"prefix": "../x"}, "leads out of the output folder"),
+    ],
+)
+def test_a_sweep_that_cannot_be_is_answered_in_a_sentence(comfyui, change, message):
+    outcome = comfyui.run(sweep_graph(**change))
+    if outcome.status == "success":  # the other outputs of the graph ran
+        assert message in comfyui.log.read_text()
+    else:
+        assert message in outcome.message

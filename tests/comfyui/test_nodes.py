@@ -31,9 +31,12 @@ NODES = {
     "RewardLoraCompare": "Compare",
     "RewardLoraTrainRewardLora": "Train Reward LoRA",
     "RewardLoraApplyRewardLora": "Apply Reward LoRA",
+    "RewardLoraApplyRewardLoraToModel": "Apply Reward LoRA to MODEL",
+    "RewardLoraFetchPublishedLora": "Fetch Published LoRA",
+    "RewardLoraSweepLoraStrength": "Sweep LoRA Strength",
     "RewardLoraSaveRewardLora": "Save Reward LoRA",
 }
-WORKFLOWS = ("train_reward_lora", "apply_reward_lora", "score_frames", "pick_best")
+WORKFLOWS = ("train_reward_lora", "apply_reward_lora", "score_frames", "pick_best", "sweep_lora_strength")
 
 
 @pytest.fixture(scope="module")
