@@ -4,12 +4,14 @@ import math
 
 import pytest
 import torch
-from reward_lora.tests.families.modelscope import write
+from reward_lora.tests.families import videocrafter
+from reward_lora.tests.families.modelscope import TINY_UNET, unet_shapes, write
 from reward_lora.training.gradient import Walk, rollout
 from reward_lora.training.schedule import Plan
 from reward_lora.video_models import load_video_model
 from reward_lora.video_models.loading import diffusers
-from reward_lora.video_models.modelscope_files import _convert_vae
+from reward_lora.video_models.modelscope_files import rename_attention
+from reward_lora.video_models.modelscope_keys import convert_unet, unet_config
 
 PROMPT, NEGATIVE = "a red circle moves right", "blue square on the left"
 SHAPE = (4, 3, 6, 4)
@@ -91,24 +93,49 @@ def test_dropout_is_asleep(model):
     assert torch.equal(one, other)
 
 
-def test_the_real_models_names_and_sizes():
-    """``ali-vilab/text-to-video-ms-1.7b``: its configuration gives 1.41 billion weights under these names."""
+def test_every_name_of_the_real_unet_has_its_place():
+    """The publisher's names, and diffusers' of ``ali-vilab/text-to-video-ms-1.7b``: 1.41 billion weights."""
     with torch.device("meta"):
+        published = {name: torch.empty(shape) for name, shape in unet_shapes(**videocrafter.UNET).items()}
+        config = unet_config(published)
         unet = diffusers("UNet3DConditionModel")({"attention_head_dim": 64, "sample_size": 32})
     shapes = {name: tuple(tensor.shape) for name, tensor in unet.state_dict().items()}
-    assert len(shapes) == 1480
+    assert {name: tuple(tensor.shape) for name, tensor in convert_unet(published).items()} == shapes
     assert sum(math.prod(shape) for shape in shapes.values()) == 1_411_233_860
-    assert shapes["transformer_in.proj_in.weight"] == (512, 320)
-    assert shapes["down_blocks.2.temp_convs.1.conv4.3.weight"] == (1280, 1280, 3, 1, 1)
-    assert shapes["up_blocks.3.attentions.2.transformer_blocks.0.attn2.to_k.weight"] == (320, 1024)
-    assert shapes["mid_block.temp_attentions.0.transformer_blocks.0.ff.net.0.proj.weight"] == (10240, 1280)
+    for key, value in config.items():
+        assert list(value) == list(unet.config[key]) if isinstance(value, list) else value == unet.config[key], key
+
+
+def test_the_publishers_blocks_are_read_in_their_order():
+    """A tensor out of each kind of place."""
+    tensors = {name: torch.tensor(0.0).expand(shape) for name, shape in unet_shapes(**TINY_UNET).items()}
+    found = convert_unet(tensors)
+    for theirs, ours in (
+        ("input_blocks.1.0.temopral_conv.conv4.3.bias", "down_blocks.0.temp_convs.0.conv4.3.bias"),
+        ("input_blocks.2.op.weight", "down_blocks.0.downsamplers.0.conv.weight"),
+        ("input_blocks.3.0.skip_connection.weight", "down_blocks.1.resnets.0.conv_shortcut.weight"),
+        ("middle_block.3.emb_layers.1.weight", "mid_block.resnets.1.time_emb_proj.weight"),
+        ("output_blocks.1.1.conv.weight", "up_blocks.0.upsamplers.0.conv.weight"),
+        ("output_blocks.3.2.proj_out.bias", "up_blocks.1.temp_attentions.1.proj_out.bias"),
+    ):
+        assert theirs in tensors
+        assert found[ours].shape == tensors[theirs].shape
+
+
+def test_the_publishers_folder_loads_with_its_own_tokenizer_and_schedule(tmp_path):
+    write(tmp_path, "original")
+    model = load_video_model(tmp_path, dtype="float32")
+    assert model.encode_text([PROMPT])[0].shape == (77, 32)
+    # One block less than in the file: the last is not asked for.
+    assert model.text_encoder.config.num_hidden_layers == 1
+    assert model.sigmas(25)[-1] == pytest.approx(0.02915, abs=1e-5)
 
 
 def test_the_published_vaes_attention_is_renamed():
     old = [f"encoder.mid_block.attentions.0.{part}.weight" for part in ("query", "key", "value", "proj_attn")]
     new = [f"encoder.mid_block.attentions.0.{part}.weight" for part in ("to_q", "to_k", "to_v", "to_out.0")]
-    assert list(_convert_vae(dict.fromkeys(old))) == new
-    assert list(_convert_vae(dict.fromkeys(new))) == new
-    assert list(_convert_vae({"decoder.mid_block.attentions.0.group_norm.bias": None})) == [
+    assert list(rename_attention(dict.fromkeys(old))) == new
+    assert list(rename_attention(dict.fromkeys(new))) == new
+    assert list(rename_attention({"decoder.mid_block.attentions.0.group_norm.bias": None})) == [
         "decoder.mid_block.attentions.0.group_norm.bias"
     ]

@@ -31,8 +31,11 @@ MODELSCOPE_FILES = (
     "*/config.json",
     *(f"{part}/diffusion_pytorch_model.safetensors" for part in ("unet", "vae")),
     "text_encoder/model.safetensors",
+    "text2video_pytorch_model.pth",
+    "VQGAN_autoencoder.pth",
+    "open_clip_pytorch_model.bin",
 )
-"""Patterns of the files ModelScope's folder is loaded from; the same weights lie there in other formats too."""
+"""Patterns of the files ModelScope's two folders are loaded from; the same weights lie there in other formats too."""
 
 OPENSORA_FILES = ("*.json", "*.safetensors", "*.bin", "spiece.model")
 """Patterns of the files that Open-Sora's denoiser, its VAE and T5 are loaded from."""
@@ -81,6 +84,10 @@ def _easy(name: str, disk: int) -> tuple[str, BaseModel]:
     return name, BaseModel(f"alibaba-pai/{name}", "EasyAnimate", disk, 24 if "12b" in name else 15)
 
 
+def _modelscope(name: str, disk: int) -> tuple[str, BaseModel]:
+    return name, BaseModel(f"ali-vilab/{name}", "ModelScope", disk, 3, MODELSCOPE_FILES, "CC-BY-NC-4.0")
+
+
 BASE_MODELS: dict[str, BaseModel] = dict(
     [
         _wan("alibaba-pai", "Wan2.1-Fun-1.3B-InP", 19, 12),
@@ -116,10 +123,8 @@ BASE_MODELS: dict[str, BaseModel] = dict(
         _easy("EasyAnimateV5.1-7b-zh-diffusers", 30),
         _easy("EasyAnimateV5.1-12b-zh-diffusers", 39),
         _easy("EasyAnimateV5.1-12b-zh-InP-diffusers", 39),
-        (
-            "text-to-video-ms-1.7b",
-            BaseModel("ali-vilab/text-to-video-ms-1.7b", "ModelScope", 8, 3, MODELSCOPE_FILES, "CC-BY-NC-4.0"),
-        ),
+        _modelscope("text-to-video-ms-1.7b", 8),
+        _modelscope("modelscope-damo-text-to-video-synthesis", 15),
         (
             "VideoCrafter2",
             BaseModel(

@@ -7,7 +7,7 @@ rewards. VADER samples with a two-step solver; here it is DDIM, with the same no
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -53,7 +53,8 @@ class ModelScopeModel:
         unet: ``UNet3DConditionModel``; it has dropout, so it must stay in eval mode.
         vae: ``AutoencoderKL``.
         solver: Its noise schedule.
-        text_encoder, tokenizer: ``CLIPTextModel`` and its tokenizer; may be None when embeddings are given.
+        text_encoder: ``CLIPTextModel``; may be None when embeddings are given.
+        tokenize: From a prompt to the numbers of its 77 tokens, padding too.
         fingerprint: What identifies the text encoder's weights.
     """
 
@@ -64,13 +65,13 @@ class ModelScopeModel:
         vae: nn.Module,
         solver: Ddim,
         text_encoder: nn.Module | None = None,
-        tokenizer: Any = None,
+        tokenize: Callable[[str], Sequence[int]] | None = None,
         fingerprint: str = "",
     ) -> None:
         self.spec = spec
         self.denoisers = {"transformer": make_checkpointable(unet)}
-        self.vae, self.text_encoder, self.tokenizer = vae, text_encoder, tokenizer
-        self._solver, self._fingerprint = solver, fingerprint
+        self.vae, self.text_encoder = vae, text_encoder
+        self._tokenize, self._solver, self._fingerprint = tokenize, solver, fingerprint
         for module in (unet, vae, text_encoder):
             if module is not None:
                 module.eval().requires_grad_(False)
@@ -98,14 +99,11 @@ class ModelScopeModel:
     @torch.no_grad()
     def encode_text(self, prompts: Sequence[str]) -> list[Tensor]:
         """All tokens ``[77, D]`` a prompt: the UNet was trained to look at the padding too."""
-        if self.text_encoder is None:
+        if self.text_encoder is None or self._tokenize is None:
             raise RuntimeError(f"{self.spec.name} was loaded without its text encoder; load it with text=True")
-        device, length = self.text_encoder.device, self.text_encoder.config.max_position_embeddings
-        embeddings = []
-        for prompt in prompts:  # one by one: a prompt's embedding must not depend on its neighbours
-            ids = self.tokenizer(prompt, padding="max_length", max_length=length, truncation=True).input_ids
-            embeddings.append(self.text_encoder(torch.tensor([ids], device=device)).last_hidden_state[0])
-        return embeddings
+        device = self.text_encoder.device
+        ids = (torch.tensor([list(self._tokenize(prompt))], device=device) for prompt in prompts)
+        return [self.text_encoder(one).last_hidden_state[0] for one in ids]  # a prompt depends on no neighbour
 
     def conditioning(
         self,

@@ -1,6 +1,8 @@
-"""Tiny ModelScope checkpoints, as ``ali-vilab/text-to-video-ms-1.7b`` lies on the hub: saved by diffusers 0.15.
+"""Tiny ModelScope checkpoints: as ``ali-vilab/text-to-video-ms-1.7b`` was saved by diffusers 0.15, and the publisher's.
 
-The classes write their own names, which are the published ones but for the VAE's attention.
+For the first the classes write their own names, which are the published ones but for the VAE's attention. For the
+second the names are written down from ``video_synthesis/unet_sd.py`` of modelscope/modelscope, in what it differs
+from VideoCrafter2's; the VAE lies in a whole Stable Diffusion checkpoint, the text encoder in OpenCLIP's.
 """
 
 from __future__ import annotations
@@ -8,22 +10,56 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+import torch
 from safetensors.torch import save_file
 
-from . import WORDS, write_json, write_shards
-from .wan_shapes import fill
+from . import WORDS, videocrafter, write_json, write_shards
+from .wan_shapes import Shapes, fill
 
-LAYOUTS = ("diffusers", "diffusers fp16, sharded")
+LAYOUTS = ("diffusers", "diffusers fp16, sharded", "original")
 SIZE = (32, 48, 3)
+TINY_UNET = {"base": 32, "multiples": (1, 2), "blocks": 1, "attention": (1,), "head": 8, "context": 32}
 OLD_ATTENTION = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
+
+
+def unet_shapes(**sizes) -> Shapes:
+    """``UNetSD``'s tensors; the sizes are named as VideoCrafter2's."""
+    shapes: Shapes = {}
+    for name, shape in videocrafter.unet_shapes(**sizes).items():
+        if name.startswith("fps_embedding."):
+            continue
+        name = re.sub(r"^init_attn\.0\.", "input_blocks.0.1.", name)
+        name = re.sub(r"^(input_blocks\.\d+)\.0\.op\.", r"\1.op.", name)
+        if re.search(r"(_blocks\.\d+|middle_block)\.2\.proj_(in|out)\.weight$", name):
+            shape = (*shape, 1)  # temporal attention is entered and left by convolutions over one frame
+        shapes[name] = shape
+    return shapes
 
 
 def write(folder: Path, layout: str) -> None:
     """Fill a folder; see ``LAYOUTS``."""
+    if layout == "original":
+        _write_original(folder)
+    else:
+        _write_diffusers(folder, half="fp16" in layout)
+
+
+def _write_original(folder: Path) -> None:
+    write_json(folder / "configuration.json", {"framework": "pytorch", "task": "text-to-video-synthesis"})
+    torch.save(videocrafter.filled(unet_shapes(**TINY_UNET), 0), folder / "text2video_pytorch_model.pth")
+    vae = videocrafter.filled(videocrafter.vae_shapes(widths=(32,) * 4, blocks=1), 1)
+    whole = {f"first_stage_model.{name}": tensor for name, tensor in vae.items()}
+    whole |= {"model.diffusion_model.out.2.bias": torch.zeros(4), "betas": torch.zeros(1000)}
+    torch.save({"state_dict": whole, "global_step": 3}, folder / "VQGAN_autoencoder.pth")
+    text = videocrafter.filled(videocrafter.text_shapes(width=32, layers=2), 2)
+    seeing = {"visual.class_embedding": torch.zeros(8), "visual.transformer.resblocks.0.ln_1.bias": torch.zeros(8)}
+    torch.save(text | seeing, folder / "open_clip_pytorch_model.bin")
+
+
+def _write_diffusers(folder: Path, *, half: bool) -> None:
     from diffusers import AutoencoderKL, UNet3DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel
 
-    half = "fp16" in layout
     unet = UNet3DConditionModel(
         sample_size=32, block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=4, cross_attention_dim=12,
         attention_head_dim=4, down_block_types=("CrossAttnDownBlock3D", "DownBlock3D"),
