@@ -56,7 +56,7 @@ def diffusion(meta: Mapping) -> Diffusion:
 
 def predict(model: VideoCrafterModel, x: Tensor, timesteps: Tensor, context: Tensor, fps: Tensor) -> Tensor:
     """The UNet's output sample by sample, each at its own timestep."""
-    levels = diffusion({}).levels
+    levels = model.diffusion.levels
     outputs = [
         model.predict(x[i : i + 1], levels[timesteps[i]], {"text": context[i : i + 1], "fps": fps[i : i + 1]})
         for i in range(len(x))

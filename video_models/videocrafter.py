@@ -53,7 +53,7 @@ class VideoCrafterModel:
         self.denoisers = {"transformer": unet}
         self.vae, self.text_encoder, self.tokenizer = vae, text_encoder, tokenizer
         self._eta, self._fps, self._fingerprint = eta, conditioning_fps, fingerprint
-        self._diffusion = diffusion or scaled_diffusion()
+        self.diffusion = diffusion or scaled_diffusion()
         for module in (unet, vae, text_encoder):
             if module is not None:
                 module.eval().requires_grad_(False)
@@ -115,16 +115,16 @@ class VideoCrafterModel:
 
         The last is that of timestep 0, not 0: the published sampler leaves this much noise in.
         """
-        return ddim_sigmas(self._diffusion, steps)
+        return ddim_sigmas(self.diffusion, steps)
 
     def predict(self, x: Tensor, sigma: Tensor, branch: Mapping[str, Tensor]) -> Tensor:
-        timestep = torch.full((x.shape[0],), self._diffusion.timestep(sigma), device=x.device)
+        timestep = torch.full((x.shape[0],), self.diffusion.timestep(sigma), device=x.device)
         return self.unet(x.to(self.dtype), timestep, branch["text"], branch["fps"]).to(x.dtype)
 
     def step(
         self, x: Tensor, prediction: Tensor, sigma: Tensor, sigma_next: Tensor, noise: Tensor | None = None
     ) -> Tensor:
-        return ddim_step(self._diffusion, x, prediction, sigma, sigma_next, self._eta, noise)
+        return ddim_step(self.diffusion, x, prediction, sigma, sigma_next, self._eta, noise)
 
     def decode(self, latents: Tensor) -> Tensor:
         return torch.cat([self.decode_chunk(frame)[0] for frame in latents.split(1, dim=2)], dim=2)
