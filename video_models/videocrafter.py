@@ -68,7 +68,7 @@ class VideoCrafterModel:
 
     @property
     def dtype(self) -> torch.dtype:
-        return next(self.unet.parameters()).dtype
+        return self.unet.out[-1].weight.dtype
 
     def lora_names(self, expert: str) -> dict[str, str]:
         linear = (name for name, module in self.denoisers[expert].named_modules() if isinstance(module, nn.Linear))
