@@ -14,11 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .pictures import decode_pictures
 from .protocol import Carried, Conditioning, ModelSpec
 from .solvers import Ddim
-
-DECODED_TOGETHER = 4
-"""Frames the VAE sees at once; it looks at each alone."""
 
 
 def make_checkpointable(unet: nn.Module) -> nn.Module:
@@ -142,12 +140,7 @@ class ModelScopeModel:
         return self._solver.step(x, prediction, sigma, sigma_next)
 
     def decode(self, latents: Tensor) -> Tensor:
-        parameter = next(self.vae.parameters())
-        frames = latents.transpose(1, 2).flatten(0, 1).to(parameter.device, parameter.dtype)
-        parts = (frames / self.vae.config.scaling_factor).split(DECODED_TOGETHER)
-        pixels = torch.cat([self.vae.decode(part, return_dict=False)[0] for part in parts])
-        video = pixels.unflatten(0, (latents.shape[0], -1)).transpose(1, 2).to(latents.dtype)
-        return (video / 2 + 0.5).clamp(0, 1)
+        return torch.cat([self.decode_chunk(frame)[0] for frame in latents.split(1, dim=2)], dim=2)
 
     def chunks(self, latent_frames: int) -> list[int]:
         return [1] * latent_frames
@@ -155,8 +148,11 @@ class ModelScopeModel:
     def decode_chunk(
         self, latents: Tensor, carried: Carried = (), *, save_memory: bool = False
     ) -> tuple[Tensor, Carried]:
-        """Frames know nothing of each other; there is nothing to carry, and one frame is little to keep."""
-        return self.decode(latents), ()
+        """As in the protocol. Nothing is carried: the VAE looks at each frame alone."""
+        parameter = next(self.vae.parameters())
+        scaled = latents.to(parameter.device, parameter.dtype) / self.vae.config.scaling_factor
+        pixels = decode_pictures(self.vae, scaled, latents.shape[0], save_memory=save_memory)
+        return (pixels.to(latents.dtype) / 2 + 0.5).clamp(0, 1), ()
 
     def to(self, device: torch.device | str, *parts: str) -> None:
         modules = {"text": self.text_encoder, "denoiser": self.unet, "vae": self.vae}
