@@ -30,7 +30,7 @@ class Tower:
 
     Attributes:
         network: The transformers module.
-        embed: Its embedding ``[N, width]`` of normalised pixels ``[N, 3, size, size]``.
+        embed: Its embedding ``[N, width]`` of normalised pixels ``[N, 3, size, size]`` of any precision.
         width: Of the embedding.
         size: Of its pictures.
         mean: Of its pixels, a channel.
@@ -59,7 +59,7 @@ class AestheticJudge(nn.Module):
 
     def forward(self, images: Tensor, texts: Sequence[None]) -> Tensor:
         pixels = normalize(squash(images, self.tower.size), self.tower.mean, self.tower.std)
-        embedding = self.tower.embed(pixels.to(self.network.dtype))
+        embedding = self.tower.embed(pixels)
         wide = torch.promote_types(embedding.dtype, torch.float32)
         return self.head(F.normalize(embedding.to(wide), dim=-1))[:, 0]
 
@@ -74,9 +74,8 @@ def clip_tower(tensors: Mapping[str, Tensor], config: Mapping, source: object, d
         vision["projection_dim"] = tensors["visual_projection.weight"].shape[0]
     settings = CLIPVisionConfig.from_dict(vision)
     network = build(lambda: CLIPVisionModelWithProjection(settings), tensors, source, dtype)
-    return Tower(
-        network, lambda pixels: network(pixel_values=pixels).image_embeds, settings.projection_dim, settings.image_size
-    )
+    width, size = settings.projection_dim, settings.image_size
+    return Tower(network, lambda pixels: network(pixel_values=pixels.to(dtype)).image_embeds, width, size)
 
 
 def siglip_tower(tensors: Mapping[str, Tensor], config: Mapping, source: object, dtype: torch.dtype) -> Tower:
@@ -92,7 +91,7 @@ def siglip_tower(tensors: Mapping[str, Tensor], config: Mapping, source: object,
 
     network = build(make, tensors, source, dtype)
     width, size = settings.hidden_size, settings.image_size
-    return Tower(network, lambda pixels: network(pixel_values=pixels).pooler_output, width, size, HALF, HALF)
+    return Tower(network, lambda pixels: network(pixel_values=pixels.to(dtype)).pooler_output, width, size, HALF, HALF)
 
 
 def read_head(tensors: Mapping[str, Tensor], source: object, width: int, dtype: torch.dtype) -> nn.Sequential:
