@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,6 +15,7 @@ from tyro.conf import UseAppendAction
 from ..lora.adapter import applied
 from ..training.checkpoint import list_checkpoints
 from ..training.config import TrainConfig
+from ..training.distributed import joined
 from ..training.prompts import read_prompts
 from ..training.trainer import Trainer
 from ..video_models import BUILTIN, load_video_model
@@ -63,33 +66,43 @@ class Train:
         folder = self.output_dir / plain_name(self.name)
         uses = [parse_lora(text) for text in self.lora]
         device = pick_device(self.device)
+        if device == "cuda" and "LOCAL_RANK" in os.environ:  # started by torchrun: one GPU a process
+            device = f"cuda:{os.environ['LOCAL_RANK']}"
         reward = find_reward(self.reward, self.reward_path, "cpu")
         model = load_video_model(self.model, dtype=self.dtype)
-        if self.fresh:
-            delete_checkpoints(folder)
-        with applied(model, uses) as reports:
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # torchrun's and a scheduler's way to stop
+        with joined(device) as group, applied(model, uses) as reports:
+            if self.fresh and group.leads:
+                delete_checkpoints(folder)
+            say = print if group.leads else lambda _: None
             for line in reports:
-                print(line)
-            trainer = Trainer(model, reward, prompts, self.config, folder, sample_prompts=sample_prompts,
+                say(line)
+            trainer = Trainer(model, reward, prompts, self.config, folder, sample_prompts=sample_prompts, group=group,
                               device=device, cache=self.output_dir / "text-cache")  # fmt: skip
-            print(f"{trainer.config.steps} steps of {model.spec.name} towards {reward.name}, files in {folder}")
-            with tqdm(total=trainer.config.steps, unit="step") as bar, closing(iter(trainer)) as events:
+            say(f"{trainer.config.steps} steps of {model.spec.name} towards {reward.name}, files in {folder}")
+            if group.size > 1:
+                batch = group.size * trainer.config.accumulation * trainer.config.batch_size
+                say(f"{group.size} processes, {batch} videos a step")
+            with tqdm(total=trainer.config.steps, unit="step", disable=not group.leads) as bar:
                 try:
-                    for event in events:
-                        bar.n = event.step
-                        bar.set_postfix_str(describe(event))
-                        if event.evaluation:
-                            bar.write(
-                                f"step {event.step}: reward {event.evaluation.reward:.4f} on fixed prompts and seeds"
-                            )
-                        if event.skipped:
-                            bar.write(f"step {event.step} skipped: {event.skipped}")
+                    self._follow(trainer, bar)
                 except KeyboardInterrupt:
                     bar.close()
-                    print(f"\nstopped; run the same command to go on. LoRA so far: {trainer.lora_path}")
+                    say(f"\nstopped; run the same command to go on. LoRA so far: {trainer.lora_path}")
                     return 130
-        print(f"LoRA: {trainer.lora_path}\ncurve: {folder / 'reward.png'}\nvideos: {folder / 'samples'}")
+        paths = ", ".join(map(str, trainer.lora_paths.values()))
+        say(f"LoRA: {paths}\ncurve: {folder / 'reward.png'}\nvideos: {folder / 'samples'}")
         return 0
+
+    def _follow(self, trainer: Trainer, bar: Any) -> None:
+        with closing(iter(trainer)) as events:
+            for event in events:
+                bar.n = event.step
+                bar.set_postfix_str(describe(event))
+                if event.evaluation:
+                    bar.write(f"step {event.step}: reward {event.evaluation.reward:.4f} on fixed prompts and seeds")
+                if event.skipped:
+                    bar.write(f"step {event.step} skipped: {event.skipped}")
 
 
 def describe(event: Any) -> str:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from reward_lora.lora.adapter import inject_new
 from reward_lora.selfcheck import exactness
-from reward_lora.training.gradient import Walk, replay, rollout
+from reward_lora.training.gradient import Anchor, Walk, replay, rollout
 from reward_lora.training.judge import Objective, View, judge
 from reward_lora.training.schedule import BackpropSchedule, Plan
 
@@ -67,6 +67,42 @@ def test_a_view_spreads_from_first_to_last_or_draws():
     assert all(picked == sorted(set(picked)) and len(picked) == 3 for picked in drawn)
     assert {index for picked in drawn for index in picked} == set(range(9))
     assert drawn == [View(frames=3, choice="random", seed=seed).pick(9) for seed in range(50)]
+
+
+@pytest.mark.parametrize("coupling", [0.0, 1.0])
+def test_the_anchors_gradient_is_that_of_its_loss(coupling):
+    model = exactness.tiny_wan()
+    adapter = inject_new(model.transformer, ("all-linear",), rank=2, alpha=2.0, seed=1)
+    generator = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for parameter in adapter.parameters().values():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.2)
+    texts = [torch.randn(5, 8, generator=generator, dtype=torch.float64) for _ in range(2)]
+    walk = Walk(model, model.conditioning(texts[:1], texts[1:], exactness.LATENT_SHAPE), 3.0)
+    noise = model.initial_latents(exactness.LATENT_SHAPE, [3]).double()
+    plan = BackpropSchedule("tail", 2).draw(model.sigmas(5), 0)
+    anchor = Anchor(0.7, lambda: adapter.at_strength(0.0), by_sigma=True)
+
+    final, kept = rollout(walk, noise, plan)
+    nothing = torch.zeros_like(final)
+    drift = replay(walk, kept, plan, nothing, coupling, anchor)
+    ours = exactness.gradients(adapter)
+
+    x, loss, distances = noise, 0.0, []
+    for i, (sigma, sigma_next) in enumerate(zip(plan.sigmas[:-1], plan.sigmas[1:], strict=True)):
+        with torch.enable_grad():
+            seen = x if coupling else x.detach()
+            prediction = walk.predict(seen, sigma)
+            if i in plan.trained:
+                with torch.no_grad(), adapter.at_strength(0.0):
+                    base = model.predict(seen.detach(), sigma, walk.conditioning.positive)
+                squares = (model.predict(seen, sigma, walk.conditioning.positive) - base).square().mean()
+                distances.append(squares.item())
+                loss = loss + 0.7 / 2 * squares / (2 * sigma**2)
+            x = model.step(x, prediction if i in plan.trained else prediction.detach(), sigma, sigma_next)
+    loss.backward()
+    assert exactness.relative_error(ours, exactness.gradients(adapter)) < 1e-12
+    assert drift == pytest.approx(sum(distances) / 2)
 
 
 def test_a_reward_without_gradient_is_refused(wan):

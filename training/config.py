@@ -65,6 +65,9 @@ class TrainConfig:
         judged_choice: Which frames these are: even spreads them, first and last included; random draws them anew
             at every step.
         objective: From rewards to a loss.
+        anchor: Weight of the mean squared distance, at the trained steps, between the prompt branch's predictions
+            with and without the LoRA: keeps the LoRA near the base model. 0 is off; one more forward pass a step.
+        anchor_by_sigma: Divide that distance by twice the squared noise level, as ROLL does.
         memory: How a step is fitted into memory. fast keeps all it needs; balanced checkpoints the denoiser's blocks;
             small does so with the VAE too, takes guidance branches one by one, and has only the phase's networks on
             the GPU. auto is fast for a small model and balanced for a large one. A step that runs out of GPU memory
@@ -107,6 +110,8 @@ class TrainConfig:
     judged_frames: int = 0
     judged_choice: FrameChoice = "even"
     objective: Objective = field(default_factory=Objective)
+    anchor: float = 0.0
+    anchor_by_sigma: bool = False
     memory: MemoryChoice = "auto"
     seed: int = 42
     save_every: int = 25
@@ -120,7 +125,7 @@ class TrainConfig:
         at_least = {
             1: ("steps", "batch_size", "accumulation", "rank", "save_every", "keep_checkpoints", "max_skipped"),
             0: ("warmup_steps", "width", "height", "frames", "sampler_steps", "guidance_scale", "weight_decay")
-            + ("judged_latents", "judged_frames", "seed", "sample_every", "sample_count"),
+            + ("anchor", "judged_latents", "judged_frames", "seed", "sample_every", "sample_count"),
         }
         for low, names in at_least.items():
             for name in names:

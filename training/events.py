@@ -44,6 +44,7 @@ class StepEvent:
         seconds: Wall time of this step.
         memory: Peak bytes on the GPU, or resident bytes of the process on a CPU.
         skipped: Why the step changed nothing, or empty.
+        drift: With an anchor, the mean squared distance to the base model's predictions at the trained steps.
         terms: Of a mixture of rewards, what each said on average.
         evaluation: On evaluation steps.
     """
@@ -57,6 +58,7 @@ class StepEvent:
     seconds: float
     memory: int
     skipped: str = ""
+    drift: float = 0.0
     terms: Mapping[str, float] = field(default_factory=dict)
     evaluation: Evaluation | None = None
 

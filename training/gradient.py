@@ -8,7 +8,8 @@ everything else is the solver's own linear map. DRaFT (arXiv 2309.17400), AlignP
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 import torch
@@ -99,7 +100,39 @@ def _solver_vjp(model: VideoModel, like: Tensor, sigma: Tensor, sigma_next: Tens
         return torch.autograd.grad(model.step(x, prediction, sigma, sigma_next), (x, prediction), g)
 
 
-def replay(walk: Walk, kept: Mapping[int, Tensor], plan: Plan, gradient: Tensor, coupling: float = 1.0) -> None:
+@dataclass(frozen=True)
+class Anchor:
+    """Keeps the LoRA near the base model: a loss on the distance of its predictions at the trained steps.
+
+    IPRO (arXiv 2510.14255) and ROLL add it to the reward's loss. The base model's prediction is a constant.
+
+    Attributes:
+        weight: Of the mean over trained steps and entries of the squared distance.
+        without_lora: A context in which the denoiser is the base model.
+        by_sigma: Divide a step's distance by ``2 sigma^2``, as ROLL does.
+    """
+
+    weight: float
+    without_lora: Callable[[], AbstractContextManager]
+    by_sigma: bool = False
+
+    def pull(self, walk: Walk, x: Tensor, sigma: Tensor, prediction: Tensor) -> tuple[Tensor, float]:
+        """Gradient of one step's loss at the prompt branch's prediction, and its mean squared distance."""
+        walk.tick("replay")
+        with torch.no_grad(), self.without_lora():
+            distance = prediction.detach() - walk.model.predict(x.detach(), sigma, walk.conditioning.positive)
+        scale = float(1 / (2 * sigma**2)) if self.by_sigma else 1.0
+        return 2 * self.weight * scale / distance.numel() * distance, float(distance.square().mean())
+
+
+def replay(
+    walk: Walk,
+    kept: Mapping[int, Tensor],
+    plan: Plan,
+    gradient: Tensor,
+    coupling: float = 1.0,
+    anchor: Anchor | None = None,
+) -> float:
     """Add the gradient of the loss to every trainable parameter of the denoiser.
 
     Args:
@@ -108,8 +141,12 @@ def replay(walk: Walk, kept: Mapping[int, Tensor], plan: Plan, gradient: Tensor,
         plan: The plan of the rollout.
         gradient: ``d loss / d x_final``.
         coupling: How much passes to earlier steps through the denoiser's input, 0..1.
+        anchor: A further loss at the trained steps.
+
+    Returns:
+        The mean squared distance that the anchor saw; 0 without one.
     """
-    first = plan.trained[0]
+    first, drift = plan.trained[0], 0.0
     for i in range(len(plan.sigmas) - 2, first - 1, -1):
         sigma, sigma_next = plan.sigmas[i], plan.sigmas[i + 1]
         to_sample, to_prediction = _solver_vjp(walk.model, gradient, sigma, sigma_next, gradient)
@@ -119,9 +156,16 @@ def replay(walk: Walk, kept: Mapping[int, Tensor], plan: Plan, gradient: Tensor,
         at_step(walk.model, i, len(plan.sigmas) - 1)
         # Only a step with a trained one before it has anybody to pass a gradient to.
         x = kept[i].detach().requires_grad_(coupling > 0 and i > first)
-        with torch.enable_grad():
-            for weight, branch in walk.branches():
-                walk.tick("replay")
-                torch.autograd.backward(walk.model.predict(x, sigma, branch), weight * to_prediction)
+        for weight, branch in walk.branches():
+            walk.tick("replay")
+            with torch.enable_grad():
+                prediction = walk.model.predict(x, sigma, branch)
+            upstream = weight * to_prediction
+            if anchor is not None and branch is walk.conditioning.positive:
+                pull, distance = anchor.pull(walk, x, sigma, prediction)
+                upstream = upstream + pull / len(plan.trained)
+                drift += distance / len(plan.trained)
+            torch.autograd.backward(prediction, upstream)
         if x.grad is not None:
             gradient = gradient + coupling * x.grad
+    return drift

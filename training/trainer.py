@@ -2,36 +2,30 @@
 
 from __future__ import annotations
 
-import logging
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import replace
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from ..files import canonical_json
 from ..lora.adapter import Adapter, inject_new, total_norm
 from ..lora.write import write_lora
 from ..reward_models.protocol import Reward
-from ..video_models.protocol import Conditioning, Tick, VideoModel
+from ..video_models.protocol import Tick, VideoModel
 from .checkpoint import Progress, RunIdentity, list_checkpoints, load_latest, save_checkpoint
 from .config import TrainConfig
+from .distributed import Group
 from .events import Evaluation, StepEvent, TrainingStopped
-from .gradient import Walk, replay, rollout, silent
+from .gradient import silent
 from .interrupts import interrupt_later
-from .judge import Judgement, judge
-from .memory import MemoryPlan, Placement, checkpointed_blocks, plan_for, smaller
-from .prompts import EmbeddingStore
+from .learner import Learner
+from .memory import plan_for
 from .run_folder import RunFolder
-from .sample import sample
-from .schedule import Plan
 from .seeds import draw_prompts, seed_for
-
-log = logging.getLogger(__name__)
 
 
 class Trainer:
@@ -53,7 +47,7 @@ class Trainer:
         config: Settings; "model's default" is filled in here.
         folder: Of this run.
         sample_prompts: To evaluate on; the first of ``prompts`` if none are given.
-        rank: This process among several; takes part in all chance.
+        group: The processes that train together; this one alone if not given.
         device: Where to compute: what a phase needs is brought there, and nothing is left there; the model's own
             if not given.
         cache: Folder for text embeddings; None keeps them in memory.
@@ -74,7 +68,7 @@ class Trainer:
         folder: Path | str,
         *,
         sample_prompts: Sequence[str] = (),
-        rank: int = 0,
+        group: Group | None = None,
         device: torch.device | str | None = None,
         cache: Path | None = None,
         tick: Tick = silent,
@@ -87,21 +81,16 @@ class Trainer:
         if not prompts:
             raise ValueError("training needs at least one prompt, got none")
         self.model, self.reward, self.prompts = model, reward, list(prompts)
-        self.config = config.for_model(model.spec)
+        self.config = c = config.for_model(model.spec)
         self.files = RunFolder(folder, reward.name)
         self.folder = self.files.path
-        self.sample_prompts = list(sample_prompts or prompts)[: self.config.sample_count]
-        self._rank, self._metadata = rank, metadata or {}
-        c, plan = self.config, plan_for(self.config.memory, model)
-        self._device = _indexed(torch.device(device)) if device is not None else model.device
-        placed = self._device.type != "cpu"
-        self._tick = Placement(model, reward, tick, plan, self._device) if placed else tick
-        self._memory_plan = plan
+        self.sample_prompts = list(sample_prompts or prompts)[: c.sample_count]
         self.lora_paths = {expert: self.files.lora_path(expert, model.spec.experts) for expert in c.experts}
-        self._latent_shape = model.spec.latent_shape(c.width, c.height, c.frames)
+        self._group, self._metadata = group or Group(), metadata or {}
+        self._device = _indexed(torch.device(device)) if device is not None else model.device
+        self._learner = Learner(model, reward, c, tick, self._device, cache)
         self._sigmas = model.sigmas(c.sampler_steps)
         self._trainable = self._trainable_steps()
-        self._texts = EmbeddingStore(model, cache)
         prompts_hash = f"{seed_for(*self.prompts):016x}"
         self._identity = RunIdentity(model.spec.name, reward.name, prompts_hash, c)
 
@@ -110,52 +99,53 @@ class Trainer:
         """The LoRA, or with several networks that of the first."""
         return next(iter(self.lora_paths.values()))
 
+    def evaluate(self) -> Evaluation:
+        """The evaluation prompts on their fixed seeds, sampled and scored with the model as it is now."""
+        return self._learner.evaluate(self.sample_prompts)
+
     def __iter__(self) -> Iterator[StepEvent]:
-        c = self.config
+        c, leads = self.config, self._group.leads
         self.folder.mkdir(parents=True, exist_ok=True)
-        self._encode_prompts()
         with ExitStack() as undo:
-            if isinstance(self._tick, Placement):
-                undo.callback(self._tick.clear)
-            self._tick("rollout")  # the denoiser is where its LoRA shall be
+            undo.callback(self._learner.rest)
+            self._learner.prepare([*self.prompts, *self.sample_prompts])
             adapters = self._inject(undo)
             parameters = {
                 f"{expert}.{key}": parameter
                 for expert, adapter in adapters.items()
                 for key, parameter in adapter.parameters().items()
             }
+            self._group.share(parameters.values())
             optimizer = torch.optim.AdamW(
                 list(parameters.values()), c.learning_rate, (c.beta1, c.beta2), c.epsilon, c.weight_decay
             )
             progress = load_latest(self.folder, self._identity, parameters, optimizer, self.reward) or Progress()
             if progress.memory and c.memory == "auto":
-                self._adopt(plan_for(progress.memory, self.model))
-            self.files.open(progress.step, c.to_dict())
+                self._learner.adopt(plan_for(progress.memory, self.model))
             saved_at = progress.step if list_checkpoints(self.folder) else -1
+            self._group.gather(progress.step)  # nobody writes before everybody has read
+            if leads:
+                self.files.open(progress.step, c.to_dict())
 
             def save() -> None:
-                save_checkpoint(self.folder, progress, self._identity, parameters, optimizer, self.reward)
+                if leads:
+                    save_checkpoint(self.folder, progress, self._identity, parameters, optimizer, self.reward)
 
             try:
                 if progress.step == 0:
-                    started = time.monotonic()
-                    evaluation = self._evaluate(0) if c.sample_every else None
-                    took, nan = time.monotonic() - started, math.nan
-                    yield self.files.add(
-                        StepEvent(0, c.steps, nan, nan, nan, 0.0, took, self._memory(), evaluation=evaluation)
-                    )
+                    yield self._logged(self._before())
                 while progress.step < c.steps:
-                    event = self._step(progress, parameters, optimizer)
+                    event = self._step(progress, adapters, parameters, optimizer)
                     if c.sample_every and (progress.step % c.sample_every == 0 or progress.step == c.steps):
                         try:
                             event = replace(event, evaluation=self._evaluate(progress.step))
                         except BaseException:  # the step is made, whatever became of its evaluation
-                            self.files.add(event)
+                            self._logged(event)
                             raise
                     if progress.step % c.save_every == 0 or progress.step == c.steps:
                         save()
                         saved_at = progress.step
-                    yield self.files.add(event)
+                    yield self._logged(event)
                     if progress.skipped_in_a_row >= c.max_skipped:
                         raise TrainingStopped(
                             f"stopped at step {progress.step}: {progress.skipped_in_a_row} steps in a row "
@@ -165,9 +155,90 @@ class Trainer:
             finally:
                 if saved_at != progress.step:
                     save()
-                for expert, adapter in adapters.items():
-                    self._save_lora(expert, adapter, progress.step)
-                self.files.draw_curve()
+                if leads:
+                    for expert, adapter in adapters.items():
+                        self._save_lora(expert, adapter, progress.step)
+                    self.files.draw_curve()
+
+    def _step(
+        self, progress: Progress, adapters: dict[str, Adapter], parameters: dict, optimizer: torch.optim.Optimizer
+    ) -> StepEvent:
+        """One optimiser step; the adapters' parameters change at its very end or not at all."""
+        c, started = self.config, time.monotonic()
+        if self._device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self._device)
+        plan = c.backprop.draw(self._sigmas, seed_for("plan", c.seed, progress.step), self._trainable)
+        parts, trouble = [], ""
+        optimizer.zero_grad(set_to_none=True)
+        for micro in range(c.accumulation):
+            prompts, seeds, draw = self._batch(progress.step * c.accumulation + micro)
+            verdict, drift = self._learner.learn(
+                prompts, seeds, plan, draw, parameters, lambda: _without_lora(adapters.values())
+            )
+            parts.append((verdict.rewards.cpu(), verdict.loss, drift, getattr(self.reward, "terms", {})))
+            if not verdict.finite:
+                trouble = "the reward or its gradient was not a finite number"
+                break
+        progress.memory = self._learner.plan.name
+        counted = self._group.average(parameters.values(), not trouble)
+        parts = [part for parts_of_one in self._group.gather(parts) for part in parts_of_one]
+        trouble = "" if counted else trouble or "no process could judge its batch"
+        learning_rate = c.lr_at(progress.step)
+        gradients = [p.grad for p in parameters.values() if p.grad is not None]
+        grad_norm = total_norm(gradients) if gradients and not trouble else math.nan
+        if not trouble and not math.isfinite(grad_norm):
+            trouble = "the LoRA's gradient was not a finite number"
+        terms = {name: torch.cat([said[name].cpu() for *_, said in parts]) for name in parts[0][3]}
+        with interrupt_later():
+            if not trouble:
+                for gradient in gradients:
+                    gradient.mul_(min(1.0, c.max_grad_norm / (grad_norm + 1e-12)))
+                for group in optimizer.param_groups:
+                    group["lr"] = learning_rate
+                optimizer.step()
+            if terms and hasattr(self.reward, "observe"):
+                self.reward.observe(terms)
+            progress.step += 1
+            progress.skipped += bool(trouble)
+            progress.skipped_in_a_row = progress.skipped_in_a_row + 1 if trouble else 0
+        return StepEvent(
+            step=progress.step,
+            steps=c.steps,
+            reward=float(torch.cat([rewards for rewards, *_ in parts]).mean()),
+            loss=sum(loss for _, loss, _, _ in parts) / len(parts),
+            grad_norm=grad_norm,
+            learning_rate=learning_rate,
+            seconds=time.monotonic() - started,
+            memory=self._memory(),
+            skipped=trouble,
+            drift=sum(drift for _, _, drift, _ in parts) / len(parts),
+            terms={name: float(values.mean()) for name, values in terms.items()},
+        )
+
+    def _batch(self, draw: int) -> tuple[list[str], list[int], int]:
+        """Prompts and noise seeds of this process's part of a batch: N processes share one N times as large."""
+        c, group = self.config, self._group
+        indices = draw_prompts(len(self.prompts), seed_for(c.seed, 0), draw, c.batch_size * group.size)
+        mine = range(group.rank * c.batch_size, (group.rank + 1) * c.batch_size)
+        return [self.prompts[indices[b]] for b in mine], [seed_for("noise", c.seed, draw, 0, b) for b in mine], draw
+
+    def _before(self) -> StepEvent:
+        """The state before any step."""
+        started, nan = time.monotonic(), math.nan
+        evaluation = self._evaluate(0) if self.config.sample_every else None
+        seconds = time.monotonic() - started
+        return StepEvent(0, self.config.steps, nan, nan, nan, 0.0, seconds, self._memory(), evaluation=evaluation)
+
+    def _evaluate(self, step: int) -> Evaluation | None:
+        """Only the leading process evaluates; the others wait at their next step."""
+        if not self._group.leads:
+            return None
+        evaluation = self.evaluate()
+        self.files.write_samples(step, evaluation.frames, self.model.spec.fps)
+        return evaluation
+
+    def _logged(self, event: StepEvent) -> StepEvent:
+        return self.files.add(event) if self._group.leads else event
 
     def _inject(self, undo: ExitStack) -> dict[str, Adapter]:
         """A fresh LoRA in every network to be trained; ``undo`` takes them out again."""
@@ -192,117 +263,6 @@ class Trainer:
                     "take more steps or train the other"
                 )
         return steps
-
-    def _step(self, progress: Progress, parameters: dict, optimizer: torch.optim.Optimizer) -> StepEvent:
-        """One optimiser step; the adapter's parameters change at its very end or not at all."""
-        c, started = self.config, time.monotonic()
-        if self._device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(self._device)
-        plan = c.backprop.draw(self._sigmas, seed_for("plan", c.seed, progress.step), self._trainable)
-        rewards, losses, terms, trouble = [], [], [], ""
-        optimizer.zero_grad(set_to_none=True)
-        for micro in range(c.accumulation):
-            verdict = self._learn_in_memory(plan, progress.step * c.accumulation + micro, parameters)
-            rewards += verdict.rewards.tolist()
-            losses.append(verdict.loss)
-            terms.append(getattr(self.reward, "terms", {}))
-            if not verdict.finite:
-                trouble = "the reward or its gradient was not a finite number"
-                break
-        progress.memory = self._memory_plan.name
-        learning_rate = c.lr_at(progress.step)
-        gradients = [p.grad for p in parameters.values() if p.grad is not None]
-        grad_norm = total_norm(gradients) if gradients and not trouble else math.nan
-        if not trouble and not math.isfinite(grad_norm):
-            trouble = "the LoRA's gradient was not a finite number"
-        said = {name: torch.cat([part[name] for part in terms]) for name in terms[0]}
-        with interrupt_later():
-            if not trouble:
-                for gradient in gradients:
-                    gradient.mul_(min(1.0, c.max_grad_norm / (grad_norm + 1e-12)))
-                for group in optimizer.param_groups:
-                    group["lr"] = learning_rate
-                optimizer.step()
-            if said and hasattr(self.reward, "observe"):
-                self.reward.observe(said)
-            progress.step += 1
-            progress.skipped += bool(trouble)
-            progress.skipped_in_a_row = progress.skipped_in_a_row + 1 if trouble else 0
-        reward, loss, seconds = sum(rewards) / len(rewards), sum(losses) / len(losses), time.monotonic() - started
-        return StepEvent(progress.step, c.steps, reward, loss, grad_norm, learning_rate, seconds, self._memory(),
-                         trouble, {name: float(values.mean()) for name, values in said.items()})  # fmt: skip
-
-    def _learn_in_memory(self, plan: Plan, draw: int, parameters: Mapping[str, Tensor]) -> Judgement:
-        """One batch; if it runs out of GPU memory, once more under every smaller plan from then on."""
-        before = {key: None if p.grad is None else p.grad.clone() for key, p in parameters.items()}
-        while True:
-            try:
-                with checkpointed_blocks(self.model, self._memory_plan.checkpoint_blocks):
-                    return self._learn(plan, draw)
-            except torch.OutOfMemoryError:
-                less = smaller(self._memory_plan)
-                if less is None:
-                    raise
-                log.warning("out of GPU memory with memory: %s; going on with %s", self._memory_plan.name, less.name)
-            # Outside of the handler, for the error holds on to every tensor of the step that failed.
-            self._adopt(less)
-            for key, parameter in parameters.items():
-                parameter.grad = before[key]
-            torch.cuda.empty_cache()
-
-    def _adopt(self, plan: MemoryPlan) -> None:
-        self._memory_plan = plan
-        if isinstance(self._tick, Placement):
-            self._tick.plan = plan
-
-    def _learn(self, plan: Plan, draw: int) -> Judgement:
-        """Rollout, judge and replay of one batch: gradients are added to the LoRA's, unless they are not finite."""
-        c = self.config
-        indices = draw_prompts(len(self.prompts), seed_for(c.seed, self._rank), draw, c.batch_size)
-        prompts = [self.prompts[i] for i in indices]
-        seeds = [seed_for("noise", c.seed, draw, self._rank, b) for b in range(c.batch_size)]
-        self._tick("rollout")  # the denoiser is where the conditioning shall be
-        batched, save_memory = self._memory_plan.batched_guidance, self._memory_plan.checkpoint_vae
-        walk = Walk(self.model, self._conditioning(prompts), c.guidance_scale, batched, self._tick, seeds)
-        latents, kept = rollout(walk, self.model.initial_latents(self._latent_shape, seeds), plan)
-        verdict = judge(walk, latents, self.reward, prompts, c.objective, c.view_at(draw, save_memory))
-        if verdict.finite:
-            replay(walk, kept, plan, verdict.gradient / c.accumulation, c.backprop.coupling)
-        return verdict
-
-    def _encode_prompts(self) -> None:
-        wanted = [*self.prompts, *self.sample_prompts]
-        if self.config.guidance_scale != 1:
-            wanted.append(self.config.negative_prompt)
-        self._texts.prepare(wanted, self._tick)
-
-    def _conditioning(self, prompts: Sequence[str]) -> Conditioning:
-        positive = [self._texts[prompt] for prompt in prompts]
-        guided = self.config.guidance_scale != 1
-        negative = [self._texts[self.config.negative_prompt]] * len(prompts) if guided else None
-        return self.model.conditioning(positive, negative, self._latent_shape)
-
-    def evaluate(self) -> Evaluation:
-        """The evaluation prompts on their fixed seeds, sampled and scored with the model as it is now."""
-        c, clips, scores = self.config, [], []
-        self._encode_prompts()
-        with torch.no_grad():
-            for index in range(0, len(self.sample_prompts), c.batch_size):
-                prompts = self.sample_prompts[index : index + c.batch_size]
-                self._tick("rollout")
-                seeds = [seed_for("sample", c.seed, index + b) for b in range(len(prompts))]
-                frames = sample(self.model, self._conditioning(prompts), seeds, self._latent_shape, c.sampler_steps,
-                                c.guidance_scale, batched_guidance=self._memory_plan.batched_guidance,
-                                tick=self._tick)  # fmt: skip
-                self._tick("reward")
-                scores += self.reward.score(frames, prompts).tolist()
-                clips.append(frames.cpu())
-        return Evaluation(sum(scores) / len(scores), tuple(scores), tuple(self.sample_prompts), torch.cat(clips))
-
-    def _evaluate(self, step: int) -> Evaluation:
-        evaluation = self.evaluate()
-        self.files.write_samples(step, evaluation.frames, self.model.spec.fps)
-        return evaluation
 
     def _memory(self) -> int:
         if self._device.type == "cuda":
@@ -333,3 +293,11 @@ class Trainer:
 def _indexed(device: torch.device) -> torch.device:
     """``cuda`` is the GPU in use, by its number, as tensors name it."""
     return torch.device("cuda", torch.cuda.current_device()) if str(device) == "cuda" else device
+
+
+def _without_lora(adapters: Iterable[Adapter]) -> AbstractContextManager:
+    """A context in which the networks are the base model's."""
+    stack = ExitStack()
+    for adapter in adapters:
+        stack.enter_context(adapter.at_strength(0.0))
+    return stack

@@ -1,0 +1,156 @@
+"""One batch at a time: sampled, judged and learned from, or sampled and scored, within the memory there is."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from ..reward_models.protocol import Reward
+from ..video_models.protocol import Conditioning, Tick, VideoModel
+from .config import TrainConfig
+from .events import Evaluation
+from .gradient import Anchor, Walk, replay, rollout
+from .judge import Judgement, judge
+from .memory import MemoryPlan, Placement, checkpointed_blocks, plan_for, smaller
+from .prompts import EmbeddingStore
+from .sample import sample
+from .schedule import Plan
+from .seeds import seed_for
+
+log = logging.getLogger(__name__)
+
+
+class Learner:
+    """Rollout, judge and replay of batches under a memory plan, which shrinks when a batch does not fit.
+
+    Args:
+        model: A loaded video model.
+        reward: Judges the frames.
+        config: Settings with every default filled in.
+        tick: Called before every call of a large model; may raise to stop.
+        device: Where to compute.
+        cache: Folder for text embeddings; None keeps them in memory.
+
+    Attributes:
+        plan: The memory plan in force.
+    """
+
+    def __init__(
+        self,
+        model: VideoModel,
+        reward: Reward,
+        config: TrainConfig,
+        tick: Tick,
+        device: torch.device,
+        cache: Path | None,
+    ) -> None:
+        self.plan = plan_for(config.memory, model)
+        self._model, self._reward, self._config = model, reward, config
+        self._latent_shape = model.spec.latent_shape(config.width, config.height, config.frames)
+        self._texts = EmbeddingStore(model, cache)
+        self._tick = tick if device.type == "cpu" else Placement(model, reward, tick, self.plan, device)
+
+    def prepare(self, prompts: Sequence[str]) -> None:
+        """Encode every prompt, and bring the denoiser to where it works."""
+        guided = self._config.guidance_scale != 1
+        self._texts.prepare([*prompts, *([self._config.negative_prompt] if guided else [])], self._tick)
+        self._tick("rollout")
+
+    def rest(self) -> None:
+        """Leave the device."""
+        if isinstance(self._tick, Placement):
+            self._tick.clear()
+
+    def adopt(self, plan: MemoryPlan) -> None:
+        """Go on under another memory plan."""
+        self.plan = plan
+        if isinstance(self._tick, Placement):
+            self._tick.plan = plan
+
+    def learn(
+        self,
+        prompts: Sequence[str],
+        seeds: Sequence[int],
+        plan: Plan,
+        draw: int,
+        parameters: Mapping[str, nn.Parameter],
+        without_lora: Callable[[], AbstractContextManager],
+    ) -> tuple[Judgement, float]:
+        """Add the gradient of one batch to the parameters', unless it is not finite.
+
+        If the batch runs out of GPU memory, it is made again under the next smaller plan, which stays in force.
+
+        Args:
+            prompts: One a sample.
+            seeds: Of each sample's noise.
+            plan: Noise levels and trained steps.
+            draw: Number of the batch in the run.
+            parameters: Of the LoRA.
+            without_lora: A context in which the denoiser is the base model.
+
+        Returns:
+            The judgement, and the mean squared distance to the base model's predictions (0 without an anchor).
+        """
+        before = {key: None if p.grad is None else p.grad.clone() for key, p in parameters.items()}
+        while True:
+            try:
+                with checkpointed_blocks(self._model, self.plan.checkpoint_blocks):
+                    return self._learn(prompts, seeds, plan, draw, without_lora)
+            except torch.OutOfMemoryError:
+                less = smaller(self.plan)
+                if less is None:
+                    raise
+                log.warning("out of GPU memory with memory: %s; going on with %s", self.plan.name, less.name)
+            # Outside of the handler, for the error holds on to every tensor of the batch that failed.
+            self.adopt(less)
+            for key, parameter in parameters.items():
+                parameter.grad = before[key]
+            torch.cuda.empty_cache()
+
+    def _learn(
+        self,
+        prompts: Sequence[str],
+        seeds: Sequence[int],
+        plan: Plan,
+        draw: int,
+        without_lora: Callable[[], AbstractContextManager],
+    ) -> tuple[Judgement, float]:
+        c = self._config
+        self._tick("rollout")  # the denoiser is where the conditioning shall be
+        conditioning = self._conditioning(prompts)
+        walk = Walk(self._model, conditioning, c.guidance_scale, self.plan.batched_guidance, self._tick, seeds)
+        latents, kept = rollout(walk, self._model.initial_latents(self._latent_shape, seeds), plan)
+        verdict = judge(walk, latents, self._reward, prompts, c.objective, c.view_at(draw, self.plan.checkpoint_vae))
+        if not verdict.finite:
+            return verdict, 0.0
+        anchor = Anchor(c.anchor / c.accumulation, without_lora, c.anchor_by_sigma) if c.anchor else None
+        drift = replay(walk, kept, plan, verdict.gradient / c.accumulation, c.backprop.coupling, anchor)
+        return verdict, drift
+
+    def evaluate(self, prompts: Sequence[str]) -> Evaluation:
+        """Prompts on fixed seeds, sampled and scored with the model as it is."""
+        c, clips, scores = self._config, [], []
+        self.prepare(prompts)
+        with torch.no_grad():
+            for index in range(0, len(prompts), c.batch_size):
+                batch = prompts[index : index + c.batch_size]
+                seeds = [seed_for("sample", c.seed, index + b) for b in range(len(batch))]
+                self._tick("rollout")
+                frames = sample(self._model, self._conditioning(batch), seeds, self._latent_shape, c.sampler_steps,
+                                c.guidance_scale, batched_guidance=self.plan.batched_guidance,
+                                tick=self._tick)  # fmt: skip
+                self._tick("reward")
+                scores += self._reward.score(frames, batch).tolist()
+                clips.append(frames.cpu())
+        return Evaluation(sum(scores) / len(scores), tuple(scores), tuple(prompts), torch.cat(clips))
+
+    def _conditioning(self, prompts: Sequence[str]) -> Conditioning:
+        positive = [self._texts[prompt] for prompt in prompts]
+        guided = self._config.guidance_scale != 1
+        negative = [self._texts[self._config.negative_prompt]] * len(prompts) if guided else None
+        return self._model.conditioning(positive, negative, self._latent_shape)
