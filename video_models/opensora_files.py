@@ -154,6 +154,6 @@ def describe(name: str, transformer: STDiT3, vae: OpenSoraVae) -> OpenSoraSpec:
         guidance_scale=7.0,
         fps=24,
         solver="rectified-flow Euler",
-        recipe="opensora-1.2.yaml",
+        recipe="opensora-1.2",
         micro_frames=vae.micro_frames,
     )

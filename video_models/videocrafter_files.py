@@ -117,5 +117,5 @@ def describe(name: str, unet: VideoCrafterUNet, vae: nn.Module, eta: float) -> M
         fps=10,
         solver="DDIM",
         step_noise=eta > 0,
-        recipe="videocrafter2.yaml",
+        recipe="videocrafter2",
     )
