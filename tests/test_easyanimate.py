@@ -252,6 +252,30 @@ def test_the_first_latent_decodes_alone_as_in_the_whole_with_the_same_gradient(m
     assert (later.abs().amax(dim=(0, 1, 3, 4)) > 0).all(), "the last frame depends on every latent"
 
 
+def test_an_interrupted_call_leaves_no_trace(models, monkeypatch):
+    """The VAE's convolutions remember what they saw last."""
+    model, frames = models["v51"], torch.rand(1, 3, 9, 32, 48, generator=torch.Generator().manual_seed(2))
+    latents = model.encode(frames)
+    with torch.no_grad():
+        painted = model.decode(latents)
+    vae = model.vae
+
+    def interrupt(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    for module, call, given in (
+        (vae.quant_conv, model.encode, frames),
+        (vae.decoder.conv_out, model.decode, latents),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(module, "forward", interrupt)
+            with pytest.raises(KeyboardInterrupt):
+                call(given)
+    with torch.no_grad():
+        assert torch.equal(model.encode(frames), latents)
+        assert torch.equal(model.decode(latents), painted)
+
+
 def test_blocks_without_weights_for_text_treat_it_as_video(models):
     """Without positions a token's output must not depend on which of the two it is counted among."""
     own, *shared = models["v51"].transformer.transformer_blocks

@@ -173,11 +173,11 @@ class EasyAnimateModel:
         return self._solver.step(x, prediction, sigma, sigma_next)
 
     def decode(self, latents: Tensor) -> Tensor:
-        """One latent frame at a time behind the first, each with the features before it, as published."""
-        parameter = next(self.vae.parameters())
-        scaled = latents.to(parameter.device, parameter.dtype) / self.vae.config.scaling_factor
-        pixels = self.vae.decode(scaled, return_dict=False)[0]
-        return (pixels.to(latents.dtype) / 2 + 0.5).clamp(0, 1)
+        frames, carried = [], ()
+        for part in latents.split(self.chunks(latents.shape[2]), dim=2):
+            clip, carried = self.decode_chunk(part, carried)
+            frames.append(clip)
+        return torch.cat(frames, dim=2)
 
     def chunks(self, latent_frames: int) -> list[int]:
         """The first latent frame alone, then as many together as the publisher's VAE takes."""
@@ -197,7 +197,10 @@ class EasyAnimateModel:
     def encode(self, frames: Tensor) -> Tensor:
         """Scaled latents (the distribution's mean) of ``[B, 3, T, H, W]`` in -1..1."""
         parameter = next(self.vae.parameters())
-        latents = self.vae.encode(frames.to(parameter.device, parameter.dtype)).latent_dist.mode()
+        try:
+            latents = self.vae.encode(frames.to(parameter.device, parameter.dtype)).latent_dist.mode()
+        finally:
+            self.vae._clear_conv_cache()  # an interrupted call would leave its features to the next
         return latents.to(torch.promote_types(latents.dtype, torch.float32)) * self.vae.config.scaling_factor
 
     def to(self, device: torch.device | str, *parts: str) -> None:
