@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from .inject import STRENGTH_RANGE, Adapter, check_strength, inject_new, inject_weights, total_norm
 from .match import fit
 from .network import linear_shapes, select_modules
-from .weights import LoraFile
+from .weights import LoraFile, MatchedLora
 
 __all__ = [
     "AUTO",
@@ -80,7 +80,12 @@ class LoraUse:
 
     def check(self, model) -> list[str]:
         """One line a network: what matches. Raises ``WeightFileError`` where nothing does."""
-        return [self._report(model, expert, fit(self.lora, model, expert)) for expert in self.experts(model)]
+        return [_report(model, expert, fit(self.lora, model, expert)) for expert in self.experts(model)]
+
+    def setting(self) -> str:
+        """Strength and window in words."""
+        window = f", steps from {self.start:.0%} to {self.end:.0%}" if (self.start, self.end) != (0, 1) else ""
+        return f"strength {self.strength:g}{window}"
 
     def put_into(self, model, name: str) -> tuple[list[Adapter], list[str]]:
         """Inject it under a name. Gives the adapters, and one line each."""
@@ -89,17 +94,16 @@ class LoraUse:
             for expert in self.experts(model):
                 matched = fit(self.lora, model, expert)
                 adapters.append(inject_weights(model.denoisers[expert], matched, self.strength, name))
-                reports.append(self._report(model, expert, matched))
+                reports.append(f"{_report(model, expert, matched)}, {self.setting()}")
         except BaseException:
             for adapter in adapters:
                 adapter.remove()
             raise
         return adapters, reports
 
-    def _report(self, model, expert: str, matched) -> str:
-        where = f" in {expert}" if len(model.denoisers) > 1 else ""
-        window = f", steps from {self.start:.0%} to {self.end:.0%}" if (self.start, self.end) != (0, 1) else ""
-        return f"{matched.report()}{where}, strength {self.strength:g}{window}"
+
+def _report(model, expert: str, matched: MatchedLora) -> str:
+    return matched.report() + (f" in {expert}" if len(model.denoisers) > 1 else "")
 
 
 @contextmanager

@@ -133,7 +133,7 @@ class ApplyRewardLora(io.ComfyNode):
     ) -> io.NodeOutput:
         with engine():
             use = LoraUse(chosen(lora_file, lora), strength, expert, start, end)
-            lines = [*use.lora.notes, *use.check(video_model.model)]
+            lines = [*use.lora.notes, *(f"{line}, {use.setting()}" for line in use.check(video_model.model))]
         report = "\n".join(lines)
         say(report, cls.hidden.unique_id)
         result = video_model.with_lora(use) if strength else video_model
