@@ -473,7 +473,7 @@ def test_options_of_the_folder_are_heard(tmp_path):
     (tmp_path / "reward_lora.json").write_text(json.dumps(options))
     model = load_video_model(tmp_path, text=False)
     assert (model.spec.name, model.spec.width, model.spec.frames, model.spec.lora_targets) == ("Mine", 64, 9, ("to_q",))
-    assert model.spec.recipe == "cogvideox-fun-v1.1-2b-inp.yaml"
+    assert model.spec.recipe == "cogvideox-fun-v1.1-2b-inp"
     assert torch.equal(model.solver.alphas, Ddim.from_config(tiny.scheduler_config(3.0)).alphas)
 
 

@@ -6,9 +6,11 @@ The checkpoints are written by ``tests/families``; a family that has a module th
 from __future__ import annotations
 
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
+from reward_lora import files
 from reward_lora.lora.adapter import LoraUse, applied
 from reward_lora.lora.files import read_lora
 from reward_lora.selfcheck.exactness import ToyReward
@@ -22,6 +24,7 @@ from reward_lora.video_models.protocol import VideoModel
 from safetensors.torch import load_file, save_file
 
 CASES = cases()
+RECIPES = Path(files.__file__).parent / "recipes"
 PROMPT = "a red circle moves right"
 
 
@@ -178,3 +181,8 @@ def test_weights_of_another_size_are_said_not_to_fit(case, copy):
         save_file(tensors | {name: torch.zeros(*(n + 1 for n in tensors[name].shape))}, path)
         assert_refused(case, source)
         save_file(tensors, path)
+
+
+def test_a_recipe_that_a_model_names_is_there(case, folder):
+    recipe = load(case.source(folder), text=False).spec.recipe
+    assert not recipe or (RECIPES / f"{recipe}.yaml").is_file()

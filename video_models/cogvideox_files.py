@@ -148,6 +148,6 @@ def describe(name: str, transformer: nn.Module, vae: nn.Module) -> CogVideoXSpec
         guidance_scale=6.0,
         fps=8,
         solver="DDIM",
-        recipe=f"cogvideox-fun-v1.1-{size}-inp.yaml" if inp else "",
+        recipe=f"cogvideox-fun-v1.1-{size}-inp" if inp else "",
         most_frames=config.sample_frames,
     )

@@ -127,5 +127,5 @@ def _spec(name: str, transformer: nn.Module, vae: nn.Module, solver: Ddim | Flow
         guidance_scale=6.0,
         fps=8,
         solver="flow-matching Euler" if flow else f"DDIM, {solver.prediction}",
-        recipe="easyanimate-v5.1-12b-inp.yaml" if flow else f"easyanimate-v5-{size}-inp.yaml",
+        recipe="easyanimate-v5.1-12b-inp" if flow else f"easyanimate-v5-{size}-inp",
     )

@@ -197,5 +197,5 @@ def _spec(name: str, unet: nn.Module, vae: nn.Module, solver: Ddim) -> ModelSpec
         guidance_scale=9.0,
         fps=8,
         solver=f"DDIM, {solver.prediction}",
-        recipe="modelscope.yaml",
+        recipe="modelscope",
     )

@@ -35,7 +35,7 @@ class ModelSpec:
         boundary: With two experts, the smallest ``sigma`` at which the first still works.
         solver: In words, for tables.
         step_noise: Whether the solver adds fresh noise at every step (DDIM with eta above 0).
-        recipe: File in ``recipes/`` to start from, or empty.
+        recipe: What to start training from: a file in ``recipes/`` without its ending, or empty.
     """
 
     family: str

@@ -139,7 +139,7 @@ def make_spec(
         **DEFAULTS["pair" if pair else "ti2v" if ti2v else "single"],
         experts=experts,
         boundary=(boundary or BOUNDARIES[more_channels]) if pair else 0.0,
-        recipe="wan2.2-fun-a14b-inp" if pair else "wan2.2-ti2v-5b" if ti2v else f"wan2.1-fun-{size}-inp",
+        recipe="wan2.2-fun-a14b-inp-low" if pair else "wan2.2-ti2v-5b" if ti2v else f"wan2.1-fun-{size}-inp",
     )
 
 
