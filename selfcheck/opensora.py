@@ -11,7 +11,6 @@ from torch import Tensor
 
 from ..lora.adapter import inject_weights, linear_shapes
 from ..lora.match import match
-from ..lora.read import read_lora
 from ..video_models.opensora import flow_step, time_ratio, transformed
 from ..video_models.opensora_files import network_config, temporal_config
 from ..video_models.opensora_transformer import STDiT3, positions
@@ -19,6 +18,7 @@ from ..video_models.opensora_vae import OpenSoraVae
 from ..video_models.solvers import flow_match_sigmas
 from .parity import relative, tolerance
 from .report import Line
+from .videocrafter import read
 
 if TYPE_CHECKING:
     from .fixtures import Fixture
@@ -68,11 +68,11 @@ def check_transformer(fixture: Fixture) -> Iterator[Line]:
         yield Line(name, "", relative(parts[name], io[name]), allowed)
     for path in sorted(fixture.folder.glob("lora*.safetensors")):
         names = {name: name for name in linear_shapes(network)}
-        matched = match(read_lora(path), names, linear_shapes(network))
+        matched = match(read(path, meta.get("lora") or {}), names, linear_shapes(network))
         if matched.unmatched:
             raise ValueError(f"LoRA modules without a place: {', '.join(matched.unmatched[:3])}")
         adapter = inject_weights(network, matched)
-        yield Line(f"{path.stem}", "", relative(predict(io["x"]), io["out_lora"]), allowed)
+        yield Line(path.stem, "", relative(predict(io["x"]), io["out_lora"]), allowed)
         adapter.remove()
         same = torch.equal(predict(io["x"]), base)
         yield Line("LoRA removed, to the bit", "", 0.0 if same else float("inf"), 0.0)

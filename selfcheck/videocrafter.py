@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from ..lora.adapter import inject_weights, linear_shapes
-from ..lora.files import match, read_lora
+from ..lora.match import match
 from ..lora.names import ModuleNames, split_key
+from ..lora.read import VADER_ALPHA, read_lora
+from ..lora.weights import LoraFile
 from ..video_models import videocrafter_keys as keys
 from ..video_models.videocrafter import VideoCrafterModel
 from ..video_models.videocrafter_ddim import Diffusion, ddim_factors, ddim_step, ddim_timesteps, scaled_diffusion
@@ -54,6 +57,12 @@ def diffusion(meta: Mapping) -> Diffusion:
     return scaled_diffusion(**{ours: given[name] for ours, name in names.items() if name in given})
 
 
+def read(path: Path, meta: Mapping) -> LoraFile:
+    """A LoRA of VADER's, which does not hold its alpha: the reader is told only one that VADER does not use."""
+    alpha = meta.get("lora_alpha", VADER_ALPHA)
+    return read_lora(path, None if alpha == VADER_ALPHA else float(alpha))
+
+
 def predict(model: VideoCrafterModel, x: Tensor, timesteps: Tensor, context: Tensor, fps: Tensor) -> Tensor:
     """The UNet's output sample by sample, each at its own timestep."""
     levels = model.diffusion.levels
@@ -90,7 +99,7 @@ def check_lora(fixture: Fixture) -> Iterator[Line]:
     yield Line("base", "", relative(base, io["out_base"]), allowed)
     reference = fixture.tensors("lora_grads.safetensors")
     for path in sorted(fixture.folder.glob("*.pt")) + [fixture.folder / "lora.safetensors"]:
-        matched = match(read_lora(path), names, shapes)
+        matched = match(read(path, fixture.meta), names, shapes)
         if matched.unmatched:
             raise ValueError(f"LoRA modules without a place: {', '.join(matched.unmatched[:3])}")
         adapter = inject_weights(model.unet, matched)
