@@ -47,20 +47,20 @@ def layer_names(model: nn.Module, linear_names: Mapping[str, str]) -> dict[str, 
     Args:
         model: The network.
         linear_names: The publisher's name of the linear layers, by our name. A layer of another kind keeps its
-            own last name, in the place to which all its linear neighbours were renamed.
+            own last name, in the place to which all of several linear neighbours were renamed; at the top it keeps
+            its name.
     """
-    places = defaultdict(set)
+    places = defaultdict(list)
     for ours, original in linear_names.items():
-        places[ours.rpartition(".")[0]].add(original.rpartition(".")[0])
+        places[ours.rpartition(".")[0]].append(original.rpartition(".")[0])
     names = dict(linear_names)
     taken = set(names.values())
     for ours in base_layers(model):
-        place, _, last = ours.rpartition(".")
-        known = places.get(place, ())
-        if ours not in names and len(known) == 1:
-            original = ".".join(part for part in (*known, last) if part)
-            if original not in taken:
-                names[ours] = original
+        place, dot, last = ours.rpartition(".")
+        known = places[place] if dot else []
+        original = ours if not dot else f"{known[0]}.{last}" if len(known) > 1 == len(set(known)) else None
+        if original is not None and ours not in names and original not in taken:
+            names[ours] = original
     return names
 
 

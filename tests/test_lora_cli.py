@@ -102,6 +102,25 @@ def test_convert_of_an_unknown_kind_asks_for_the_model(capsys, tmp_path):
     assert "give --model its folder" in err
 
 
+def test_convert_of_vaders_pickle_needs_no_table(capsys, tmp_path):
+    prefix, module = "base_model.model.model.diffusion_model.", "input_blocks.1.2.transformer_blocks.0.attn1.to_q"
+    torch.save({f"{prefix}{module}.lora_{p}.weight": torch.ones(4, 4) for p in "AB"}, tmp_path / "a.pt")
+    status, out, err = run(capsys, "convert", tmp_path / "a.pt", tmp_path / "b.safetensors")
+    assert status == 0, err
+    tensors = load_file(tmp_path / "b.safetensors")
+    assert float(tensors[f"diffusion_model.{module}.lora_A.weight"].max()) == 2.0  # alpha 8 at rank 4, folded
+
+
+def test_convert_names_layers_of_other_kinds(capsys, tmp_path):
+    blocks = "diffusion_model.blocks.0"
+    tensors = {f"{blocks}.self_attn.q.diff_b": torch.ones(24), f"{blocks}.norm3.diff": torch.ones(24)}
+    save_file(tensors, tmp_path / "a.safetensors")
+    status, _, err = run(capsys, "convert", tmp_path / "a.safetensors", tmp_path / "b.safetensors", "--to", "diffusers")
+    assert status == 0, err
+    written = set(load_file(tmp_path / "b.safetensors"))
+    assert written == {"transformer.blocks.0.attn1.to_q.diff_b", "transformer.blocks.0.norm2.diff"}
+
+
 def random_lora(seed, rank, alpha, sizes=((6, 5), (4, 4))):
     g = torch.Generator().manual_seed(seed)
     return {
