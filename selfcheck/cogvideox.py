@@ -13,7 +13,6 @@ from ..video_models.cogvideox import CogVideoXModel, position_table, resize_posi
 from ..video_models.cogvideox_files import build_transformer, describe
 from ..video_models.solvers import Ddim
 from . import parity
-from .exactness import relative_error
 from .report import Line
 
 if TYPE_CHECKING:
@@ -86,20 +85,10 @@ def check_transformer(fixture: Fixture) -> Iterator[Line]:
 
 def check_vae(fixture: Fixture) -> Iterator[Line]:
     """Decoding of all latents and of the first, its gradient, and encoding."""
-    io, meta = fixture.tensors("io.safetensors"), fixture.meta
+    meta = fixture.meta
     model = build(None, {}, meta["vae_config"], fixture.tensors(meta.get("vae") or "vae.safetensors"), SCHEDULE)
-    allowed = parity.tolerance(fixture, "decode", 1e-4)
-    with torch.no_grad():
-        yield Line("decode all", "", parity.largest(model.pixels(io["latents"]), io["decoded_all"]), allowed)
-        mean = model.encode(io["video"]) / model.vae.config.scaling_factor
-        yield Line("encode", "", parity.largest(mean, io["encoded_mean"]), allowed)
-    latents = io["latents"][:, :, : io["grad_first"].shape[2]].clone().requires_grad_()
-    with torch.enable_grad():
-        first = model.pixels(latents)
-        first.square().mean().backward()
-    yield Line("decode first", "", parity.largest(first.detach(), io["decoded_first"]), allowed)
-    error = relative_error({"": latents.grad}, {"": io["grad_first"]})
-    yield Line("gradient", "", error, parity.tolerance(fixture, "grad_rel", 1e-3))
+    factor = model.vae.config.scaling_factor
+    yield from parity.check_vae(fixture, model.pixels, lambda video: model.encode(video) / factor)
 
 
 def check_train_step(fixture: Fixture) -> Iterator[Line]:

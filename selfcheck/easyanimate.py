@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..video_models.easyanimate import EasyAnimateModel, TextTower
+from ..video_models.easyanimate_files import build_vae
 from ..video_models.easyanimate_keys import convert_transformer, transformer_config
 from ..video_models.easyanimate_text import encode_padded, pack
 from ..video_models.loading import diffusers, materialise
@@ -22,6 +23,9 @@ if TYPE_CHECKING:
     from .fixtures import Fixture
 
 
+TINY_VAE = {"block_out_channels": (4,) * 4, "norm_num_groups": 2, "layers_per_block": 1, "latent_channels": 16}
+
+
 def build(weights: Mapping[str, Tensor], config: Mapping, text_tokens: tuple[int, ...]) -> EasyAnimateModel:
     """A float32 model from the publisher's tensors, with a tiny VAE nobody asks.
 
@@ -30,8 +34,6 @@ def build(weights: Mapping[str, Tensor], config: Mapping, text_tokens: tuple[int
         config: The publisher's transformer configuration.
         text_tokens: Of each text encoder.
     """
-    from diffusers import AutoencoderKLMagvit
-
     network = materialise(
         diffusers("EasyAnimateTransformer3DModel"),
         transformer_config(weights, config),
@@ -40,13 +42,26 @@ def build(weights: Mapping[str, Tensor], config: Mapping, text_tokens: tuple[int
         torch.float32,
         "cpu",
     )
-    vae = AutoencoderKLMagvit(block_out_channels=(4,) * 4, norm_num_groups=2, layers_per_block=1)
+    return _join(network, build_vae(TINY_VAE), text_tokens)
+
+
+def _join(network: nn.Module, vae: nn.Module, text_tokens: tuple[int, ...]) -> EasyAnimateModel:
     channels, inp = network.config.out_channels, network.config.in_channels != network.config.out_channels
-    spec = ModelSpec(
-        "easyanimate", "fixture", channels, 4, 8, 16, inp, ("all-linear",), 0, 0, 1, 1, 1.0, 8
-    )  # fmt: skip
-    towers = [TextTower(tokens, encode_padded) for tokens in text_tokens]
-    return EasyAnimateModel(spec, network, vae, towers, FlowMatch())
+    spec = ModelSpec("easyanimate", "fixture", channels, 4, 8, 16, inp, ("all-linear",), 0, 0, 1, 1, 1.0, 8)
+    return EasyAnimateModel(spec, network, vae, [TextTower(n, encode_padded) for n in text_tokens], FlowMatch())
+
+
+def check_vae(fixture: Fixture) -> Iterator[Line]:
+    """Decoding of all latents and of the first, its gradient, and encoding."""
+    weights = fixture.tensors(fixture.meta.get("vae") or "vae.safetensors")
+    vae = build_vae(fixture.meta["vae_config"])
+    vae.load_state_dict(weights)
+    nobody = diffusers("EasyAnimateTransformer3DModel")(
+        {"num_attention_heads": 1, "attention_head_dim": 16, "in_channels": 4, "out_channels": 4, "patch_size": 2}
+        | {"num_layers": 0, "text_embed_dim": 4}
+    )
+    model, factor = _join(nobody, vae, (1,)), vae.config.scaling_factor
+    yield from parity.check_vae(fixture, model.pixels, lambda video: model.encode(video) / factor)
 
 
 def check_transformer(fixture: Fixture) -> Iterator[Line]:

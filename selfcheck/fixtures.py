@@ -33,6 +33,7 @@ CHECKS: dict[tuple[str, str], Callable[[Fixture], Iterator[Line]]] = {
     ("train_step", "cogvideox"): cogvideox.check_train_step,
     ("transformer", "easyanimate"): easyanimate.check_transformer,
     ("lora", "easyanimate"): easyanimate.check_transformer,
+    ("vae", "easyanimate"): easyanimate.check_vae,
     ("transformer", "opensora"): opensora.check_transformer,
     ("vae", "opensora"): opensora.check_vae,
     ("solver", "opensora"): opensora.check_solver,

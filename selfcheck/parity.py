@@ -82,6 +82,29 @@ def check_network(
     yield Line("LoRA removed, to the bit", "", 0.0 if same else float("inf"), 0.0)
 
 
+def check_vae(
+    fixture: Fixture, pixels: Callable[[Tensor], Tensor], encode: Callable[[Tensor], Tensor]
+) -> Iterator[Line]:
+    """Decoding of all latents and of the first, its gradient, and encoding.
+
+    Args:
+        fixture: Kind ``vae``.
+        pixels: From latents to frames in about -1..1, differentiable.
+        encode: From frames to the mean that the fixture stores.
+    """
+    io, allowed = fixture.tensors("io.safetensors"), tolerance(fixture, "decode", 1e-4)
+    with torch.no_grad():
+        yield Line("decode all", "", largest(pixels(io["latents"]), io["decoded_all"]), allowed)
+        if "video" in io:
+            yield Line("encode", "", largest(encode(io["video"]), io["encoded_mean"]), allowed)
+    latents = io["latents"][:, :, : io["grad_first"].shape[2]].clone().requires_grad_()
+    with torch.enable_grad():
+        first = pixels(latents)
+        first.square().mean().backward()
+    yield Line("decode first", "", largest(first.detach(), io["decoded_first"]), allowed)
+    yield Line("gradient", "", relative(latents.grad, io["grad_first"]), tolerance(fixture, "grad_rel", 1e-3))
+
+
 class WeightedMean:
     """The fixtures' reward: ``(frames * weight).mean()`` of one sample; frames of one latent."""
 

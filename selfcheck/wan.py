@@ -13,7 +13,6 @@ from ..video_models import wan_keys, wan_vae_keys
 from ..video_models.wan import WanModel
 from ..video_models.wan_parts import make_spec
 from . import parity
-from .exactness import relative_error
 from .report import Line
 
 if TYPE_CHECKING:
@@ -68,28 +67,12 @@ def check_vae(fixture: Fixture) -> Iterator[Line]:
     """Decoding of all latents and of the first, its gradient, and encoding."""
     from diffusers import AutoencoderKLWan
 
-    io, meta = fixture.tensors("io.safetensors"), fixture.meta
     weights = fixture.tensors("vae.safetensors")
-    statistics = {key: meta[key] for key in ("latents_mean", "latents_std") if meta.get(key)}
+    statistics = {key: fixture.meta[key] for key in ("latents_mean", "latents_std") if fixture.meta.get(key)}
     vae = AutoencoderKLWan(**wan_vae_keys.vae_config(weights), **statistics)
     vae.load_state_dict(wan_vae_keys.convert_vae(weights))
     model = _vae_only(vae)
-    tolerance, gradient_tolerance = (
-        parity.tolerance(fixture, "decode", 1e-4),
-        parity.tolerance(fixture, "grad_rel", 1e-3),
-    )
-    with torch.no_grad():
-        decoded = model.decode(io["latents"]) * 2 - 1
-        yield Line("decode all", "", parity.largest(decoded, io["decoded_all"]), tolerance)
-        mean = model.encode(io["video"])
-        yield Line("encode", "", parity.largest(mean, io["encoded_mean"]), tolerance)
-    latents = io["latents"][:, :, : io["grad_first"].shape[2]].clone().requires_grad_()
-    with torch.enable_grad():
-        first = model.decode(latents) * 2 - 1
-        first.square().mean().backward()
-    yield Line("decode first", "", parity.largest(first.detach(), io["decoded_first"]), tolerance)
-    error = relative_error({"": latents.grad}, {"": io["grad_first"]})
-    yield Line("gradient", "", error, gradient_tolerance)
+    yield from parity.check_vae(fixture, lambda latents: model.decode(latents) * 2 - 1, model.encode)
 
 
 def _vae_only(vae) -> WanModel:

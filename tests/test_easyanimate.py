@@ -13,7 +13,7 @@ from reward_lora.training.gradient import Walk, rollout
 from reward_lora.training.prompts import EmbeddingStore
 from reward_lora.training.schedule import Plan
 from reward_lora.video_models import WeightFileError, load_video_model
-from reward_lora.video_models.easyanimate_files import _build_vae
+from reward_lora.video_models.easyanimate_files import build_vae
 from reward_lora.video_models.easyanimate_keys import convert_transformer, transformer_config
 from reward_lora.video_models.easyanimate_text import build_bert, build_qwen, convert_qwen, pack, unpack
 from reward_lora.video_models.loading import diffusers, materialise
@@ -80,7 +80,7 @@ def test_every_name_of_the_real_vae_and_of_qwen_has_its_place():
     qwen |= {"num_key_value_heads": 4, "vocab_size": 152064, "model_type": "qwen2_vl", "vision_config": {}}
     qwen |= {"rope_scaling": {"type": "mrope", "mrope_section": [16, 24, 24]}, "rope_theta": 1e6}
     with torch.device("meta"):
-        vae, text = _build_vae(config), build_qwen(qwen)
+        vae, text = build_vae(config), build_qwen(qwen)
         published = family.qwen_shapes(dim=3584, key_value=512, mlp=18944, layers=28, vocabulary=152064)
         language = convert_qwen({name: torch.empty(shape) for name, shape in published.items()})
     shapes = family.vae_shapes(widths=(128, 256, 512, 512), blocks=2)

@@ -173,9 +173,13 @@ class EasyAnimateModel:
         return self._solver.step(x, prediction, sigma, sigma_next)
 
     def decode(self, latents: Tensor) -> Tensor:
+        return (self.pixels(latents) / 2 + 0.5).clamp(0, 1)
+
+    def pixels(self, latents: Tensor) -> Tensor:
+        """What the VAE paints, about -1..1 and not clamped."""
         frames, carried = [], ()
         for part in latents.split(self.chunks(latents.shape[2]), dim=2):
-            clip, carried = self.decode_chunk(part, carried)
+            clip, carried = self._paint(part, carried, save_memory=False)
             frames.append(clip)
         return torch.cat(frames, dim=2)
 
@@ -187,11 +191,15 @@ class EasyAnimateModel:
     def decode_chunk(
         self, latents: Tensor, carried: Carried = (), *, save_memory: bool = False
     ) -> tuple[Tensor, Carried]:
+        pixels, carried = self._paint(latents, carried, save_memory)
+        return (pixels / 2 + 0.5).clamp(0, 1), carried
+
+    def _paint(self, latents: Tensor, carried: Carried, save_memory: bool) -> tuple[Tensor, Carried]:
         parameter = next(self.vae.parameters())
         scaled = latents.to(parameter.device, parameter.dtype) / self.vae.config.scaling_factor
         row = decoder_stations(self.vae.decoder)
         pixels, carried = pass_through(row, self.vae.post_quant_conv(scaled), carried, nullcontext, save_memory)
-        return (pixels.to(latents.dtype) / 2 + 0.5).clamp(0, 1), carried
+        return pixels.to(latents.dtype), carried
 
     @torch.no_grad()
     def encode(self, frames: Tensor) -> Tensor:

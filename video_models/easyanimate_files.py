@@ -60,7 +60,7 @@ def load(
         read_config=lambda tensors: transformer_config(tensors, config),
         convert=convert_transformer,
     )(dtype, device)
-    vae = component(folder / "vae", WEIGHTS, _build_vae)(dtype or torch.float32, device)
+    vae = component(folder / "vae", WEIGHTS, build_vae)(dtype or torch.float32, device)
     names = ("text_encoder", "text_encoder_2") if transformer.config.text_embed_dim_t5 else ("text_encoder",)
     towers, files = [], []
     for name in names:
@@ -92,7 +92,8 @@ def _tower(
     return dataclasses.replace(tower, encoder=encoder, tokenizer=load_tokenizer(tokenizer))
 
 
-def _build_vae(config: Mapping[str, Any]) -> nn.Module:
+def build_vae(config: Mapping[str, Any]) -> nn.Module:
+    """diffusers' ``AutoencoderKLMagvit`` from its own configuration or the publisher's."""
     from diffusers import AutoencoderKLMagvit
 
     known = inspect.signature(AutoencoderKLMagvit).parameters.keys() & config.keys()
