@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from reward_lora.selfcheck.easyanimate import check_transformer
-from reward_lora.selfcheck.fixtures import find
+from reward_lora.selfcheck.fixtures import check, find
 from reward_lora.tests.families import easyanimate as family
 from reward_lora.training.gradient import Walk, rollout
 from reward_lora.training.prompts import EmbeddingStore
@@ -44,6 +44,31 @@ def test_the_publishers_numbers():
     lines = [line for fixture in find([FIXTURE]) for line in check_transformer(fixture)]
     assert [line.name for line in lines if line.failed] == []
     assert {"rotary cos", "base", "out_lora_0.5", "out_lora_1.0", "LoRA removed, to the bit"} <= {x.name for x in lines}
+
+
+def test_the_vaes_selfcheck_agrees_with_diffusers_and_sees_another_scale(folders, tmp_path):
+    config = json.loads((folders["v5"] / "vae" / "config.json").read_text())
+    vae, factor = build_vae(config), config["scaling_factor"]
+    generator = torch.Generator().manual_seed(6)
+    latents, video = (torch.randn(1, *size, generator=generator) for size in ((16, 3, 2, 3), (3, 9, 16, 24)))
+    first = latents[:, :, :1].clone().requires_grad_()
+    decoded_first = vae.decode(first / factor).sample
+    decoded_first.square().mean().backward()
+    with torch.no_grad():
+        io = {"latents": latents, "video": video, "decoded_all": vae.decode(latents / factor).sample}
+        io |= {
+            "decoded_first": decoded_first,
+            "grad_first": first.grad,
+            "encoded_mean": vae.encode(video).latent_dist.mean,
+        }
+    save_file({name: tensor.detach().contiguous() for name, tensor in io.items()}, tmp_path / "io.safetensors")
+    save_file(vae.state_dict(), tmp_path / "vae.safetensors")
+    for scale, failures in ((1, 0), (1.1, 3)):  # the mean is compared without the factor
+        meta = {"kind": "vae", "family": "easyanimate", "vae_config": config | {"scaling_factor": factor * scale}}
+        (tmp_path / "meta.json").write_text(json.dumps(meta))
+        lines = list(check([tmp_path], parts=True))
+        assert len(lines) == 4
+        assert sum(line.failed for line in lines) == failures
 
 
 REAL = {"inner": 3072, "head": 64, "time": 512}
