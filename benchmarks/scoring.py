@@ -79,7 +79,9 @@ def measure(reward: str, way: str, size: str, frames: int, device: str) -> dict[
             torch.cuda.synchronize()
 
     run = _loop if way == "loop" else _chunks
-    run(judge, clip[:, :, :1], device)  # warm
+    with torch.no_grad():
+        warm = fresh(judge)
+        warm(clip[:, :, 0].to(device), [warm.encode_text("warm")])
     passes.clear()
     clip.requires_grad_("gradient" in way)
     with Peak(device) as peak:
@@ -99,22 +101,38 @@ def measure(reward: str, way: str, size: str, frames: int, device: str) -> dict[
     }
 
 
-def forgetful(judge: torch.nn.Module) -> torch.nn.Module:
+def fresh(judge: torch.nn.Module) -> torch.nn.Module:
     """The same networks, no text remembered."""
     return MpsJudge(judge.clip, judge.cross, judge.tokenize) if isinstance(judge, MpsJudge) else judge
 
 
+class _AllTokens(MpsNetwork):
+    """Every token of the last layer, as public code computes it."""
+
+    def forward(self, x: torch.Tensor, context: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
+        for read, mix in self.layers:
+            x = x + read(x, context, keep)
+            x = x + mix(x)
+        return x[:, 0]
+
+
 @torch.no_grad()
 def _loop(judge: torch.nn.Module, clip: torch.Tensor, device: str) -> torch.Tensor:
+    """As public code: every frame alone, its texts with it, every token of every layer."""
+    if isinstance(judge, MpsJudge):
+        judge.cross.__class__ = _AllTokens
+    else:
+        blocks = judge.clip.visual.transformer.resblocks
+        blocks[-1] = getattr(blocks[-1], "block", blocks[-1])
     scores = []
     for t in range(clip.shape[2]):
-        frame_judge = forgetful(judge)
+        frame_judge = fresh(judge)
         scores.append(frame_judge(clip[:, :, t].to(device), [frame_judge.encode_text(PROMPT)]))
     return torch.stack(scores).mean(0).float()
 
 
 def _chunks(judge: torch.nn.Module, clip: torch.Tensor, device: str) -> torch.Tensor:
-    return FrameReward(forgetful(judge), "benchmark").score(clip, [PROMPT])
+    return FrameReward(judge, "benchmark").score(clip, [PROMPT])
 
 
 def main() -> int:

@@ -12,10 +12,10 @@ from torch.autograd.function import once_differentiable
 
 from .preprocess import unit_range
 
-CHUNK = 8
-"""Images a network sees at once: enough to fill a processor, few enough for its memory."""
-WITHOUT_GRADIENT = 4
-"""How many times more images an accelerator gets at once where nothing is kept for a gradient."""
+CHUNK = 4
+"""Images a network sees at once: few enough for the caches of a CPU, and for its memory."""
+ACCELERATED, ACCELERATED_WITHOUT_GRADIENT = 2, 8
+"""How many times more an accelerator gets: enough to fill it."""
 REMEMBERED_TEXTS = 1024
 HALF_SCALE = 1024.0
 """Gradients of a float16 network are computed this many times larger, or they would vanish in it."""
@@ -41,7 +41,7 @@ class FrameReward:
         judge: An :class:`ImageJudge`.
         name: For logs and plots.
         reads_prompt: Whether the judge has an ``encode_text``; each distinct prompt passes it once.
-        chunk: Images at once.
+        chunk: Images at once on a CPU; an accelerator gets more.
     """
 
     differentiable = True
@@ -127,11 +127,11 @@ def score_images(
         ``[B, T]``, float32 or better, where the frames lie.
     """
     if torch.is_grad_enabled() and frames.requires_grad:
+        chunk *= 1 if device.type == "cpu" else ACCELERATED
         return _ScoreImages.apply(frames, judge, device, chunk, gradient_scale)
-    if device.type != "cpu":
-        chunk *= WITHOUT_GRADIENT
+    chunk *= 1 if device.type == "cpu" else ACCELERATED_WITHOUT_GRADIENT
     with torch.no_grad():
-        return _clips([judge(_images(frames, part).to(device), part[0]) for part in _parts(frames, chunk)], frames)
+        return _clips([judge(_images(frames, part, device), part[0]) for part in _parts(frames, chunk)], frames)
 
 
 class _ScoreImages(torch.autograd.Function):
@@ -140,7 +140,7 @@ class _ScoreImages(torch.autograd.Function):
         scores, gradient = [], torch.empty_like(frames)
         for part in _parts(frames, chunk):
             with torch.enable_grad():
-                images = _images(frames, part).to(device).requires_grad_()
+                images = _images(frames, part, device).requires_grad_()
                 scored = judge(images, part[0])
                 (found,) = torch.autograd.grad(scored.sum() * scale, images)
             scores.append(scored.detach())
@@ -162,8 +162,8 @@ def _parts(frames: Tensor, chunk: int) -> list[tuple[list[int], list[int]]]:
     return [([clip for clip, _ in part], [time for _, time in part]) for part in parts]
 
 
-def _images(frames: Tensor, part: tuple[list[int], list[int]]) -> Tensor:
-    return unit_range(frames.detach()[part[0], :, part[1]])
+def _images(frames: Tensor, part: tuple[list[int], list[int]], device: torch.device) -> Tensor:
+    return unit_range(frames.detach()[part[0], :, part[1]].to(device))
 
 
 def _clips(scores: list[Tensor], frames: Tensor) -> Tensor:
