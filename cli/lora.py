@@ -55,7 +55,10 @@ class Inspect:
         if self.model:
             model = load_video_model(self.model, text=False)
             for expert in model.denoisers:
-                print(fit(lora, model, expert).report())
+                matched = fit(lora, model, expert)
+                print(f"{expert} of {model.spec.name}: {matched.report()}")
+                if matched.unmatched:
+                    print(f"unmatched: {_listed(matched.unmatched)}")
         return 0
 
 

@@ -23,7 +23,8 @@ class Generate:
         output_dir: Where the videos go.
         model: A folder with a video model, the name of one in `models/video_models`, or `builtin`.
         download: Fetch the model into `models/video_models` if it is a published one that is not there.
-        lora: PATH or PATH:STRENGTH, strength -2..2; may be repeated.
+        lora: PATH or PATH:STRENGTH, strength -2..2; may be repeated. Behind an @ may stand where it acts: an expert,
+            a part of the walk, or both, as in PATH:0.7@low_noise,0.5-1.
         negative_prompt: What guidance leads away from.
         width: Pixels; 0 takes the model's default.
         height: Pixels; 0 takes the model's default.

@@ -31,6 +31,7 @@ __all__ = [
 
 AUTO, HIGH_NOISE, LOW_NOISE = "auto", "high_noise", "low_noise"
 """In place of an expert's name: the one the file is for, else all; the noisiest; the least noisy."""
+_SAYS = re.compile(r"(high|low)[-_ ]?noise|(?<![a-z])(high|low)(?![a-z])")
 _WINDOWS = "_reward_lora_windows"
 
 
@@ -66,13 +67,13 @@ class LoraUse:
         known = list(model.denoisers)
         wanted = self.expert
         if wanted == AUTO:
-            said = re.search(r"(high|low)[-_ ]?noise", self.lora.path.stem.lower())
-            wanted = self.lora.metadata.get("expert") or (f"{said[1]}_noise" if said else AUTO)
+            said = _SAYS.search(self.lora.path.stem.lower())
+            wanted = self.lora.metadata.get("expert") or (said[1] or said[2] if said else AUTO)
             if len(known) == 1 or wanted == AUTO:
                 return known
         if len(known) > 1:
             noisiest, *_, cleanest = model.spec.experts
-            wanted = {HIGH_NOISE: noisiest, LOW_NOISE: cleanest}.get(wanted, wanted)
+            wanted = {HIGH_NOISE: noisiest, LOW_NOISE: cleanest, "high": noisiest, "low": cleanest}.get(wanted, wanted)
         if wanted not in known:
             allowed = (AUTO, *((HIGH_NOISE, LOW_NOISE) if len(known) > 1 else ()), *known)
             raise ValueError(f"the expert must be one of {', '.join(dict.fromkeys(allowed))}, got {wanted!r}")

@@ -128,6 +128,23 @@ def test_a_convolutions_lora_is_added_as_its_product(wan, predict, tmp_path):
     torch.testing.assert_close(predict(), added, rtol=1e-4, atol=1e-5)
 
 
+# Another program
+
+
+@pytest.mark.parametrize("layout", ["dotted", "diffusers"])
+def test_diffusers_reads_what_we_write(wan, predict, path, tmp_path, layout):
+    from diffusers.loaders import WanLoraLoaderMixin
+
+    lora = fit(read_lora(path), wan, "transformer")
+    adapter = inject_weights(wan.transformer, lora, 1.0)
+    expected = predict()
+    adapter.remove()
+    file = write_lora(tmp_path / "x.safetensors", lora.modules, wan.lora_names("transformer"), {}, layout=layout)
+    tensors = WanLoraLoaderMixin.lora_state_dict(load_file(file))
+    wan.transformer.load_lora_adapter(tensors, prefix="transformer", adapter_name="theirs")
+    torch.testing.assert_close(predict(), expected, rtol=1e-4, atol=1e-5)
+
+
 # A part of the walk
 
 
@@ -200,6 +217,8 @@ def test_a_lora_goes_to_the_expert_it_is_for(wan, path, tmp_path):
     assert holders(LoraUse(copied("b.safetensors", expert=low), 1.0, "high_noise")) == [high]
     assert holders(LoraUse(copied("Wan2.2-low-noise-HPS2.1.safetensors"), 1.0)) == [low]
     assert holders(LoraUse(copied("wan_HighNoise.safetensors"), 1.0)) == [high]
+    assert holders(LoraUse(copied("run_1_low.safetensors"), 1.0)) == [low]
+    assert holders(LoraUse(copied("slow_highway.safetensors"), 1.0)) == [high, low]
     with pytest.raises(ValueError, match="one of auto, high_noise, low_noise, transformer, transformer_2, got 'loud'"):
         holders(LoraUse(read_lora(path), 1.0, "loud"))
 
