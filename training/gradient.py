@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..lora.adapter import at_step
 from ..video_models.protocol import Conditioning, Tick, VideoModel
-from .schedule import Plan
+from .schedule import Branch, Plan
 from .seeds import seed_for
 
 
@@ -132,6 +132,7 @@ def replay(
     gradient: Tensor,
     coupling: float = 1.0,
     anchor: Anchor | None = None,
+    branch: Branch = "both",
 ) -> float:
     """Add the gradient of the loss to every trainable parameter of the denoiser.
 
@@ -142,6 +143,7 @@ def replay(
         gradient: ``d loss / d x_final``.
         coupling: How much passes to earlier steps through the denoiser's input, 0..1.
         anchor: A further loss at the trained steps.
+        branch: With guidance, whether a gradient passes through both branches or through the prompt's alone.
 
     Returns:
         The mean squared distance that the anchor saw; 0 without one.
@@ -156,12 +158,15 @@ def replay(
         at_step(walk.model, i, len(plan.sigmas) - 1)
         # Only a step with a trained one before it has anybody to pass a gradient to.
         x = kept[i].detach().requires_grad_(coupling > 0 and i > first)
-        for weight, branch in walk.branches():
+        for weight, told in walk.branches():
+            prompted = told is walk.conditioning.positive
+            if branch == "prompt" and not prompted:
+                continue
             walk.tick("replay")
             with torch.enable_grad():
-                prediction = walk.model.predict(x, sigma, branch)
+                prediction = walk.model.predict(x, sigma, told)
             upstream = weight * to_prediction
-            if anchor is not None and branch is walk.conditioning.positive:
+            if anchor is not None and prompted:
                 pull, distance = anchor.pull(walk, x, sigma, prediction)
                 upstream = upstream + pull / len(plan.trained)
                 drift += distance / len(plan.trained)

@@ -129,8 +129,8 @@ class Learner:
         if not verdict.finite:
             return verdict, 0.0
         anchor = Anchor(c.anchor / c.accumulation, without_lora, c.anchor_by_sigma) if c.anchor else None
-        drift = replay(walk, kept, plan, verdict.gradient / c.accumulation, c.backprop.coupling, anchor)
-        return verdict, drift
+        gradient, how = verdict.gradient / c.accumulation, c.backprop
+        return verdict, replay(walk, kept, plan, gradient, how.coupling, anchor, how.branch)
 
     def evaluate(self, prompts: Sequence[str]) -> Evaluation:
         """Prompts on fixed seeds, sampled and scored with the model as it is."""

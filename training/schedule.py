@@ -12,6 +12,7 @@ from torch import Tensor
 
 Strategy = Literal["last", "tail", "uniform", "random", "list"]
 JudgeAt = Literal["final", "x0"]
+Branch = Literal["both", "prompt"]
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,8 @@ class BackpropSchedule:
         end: Last step that ``random`` may draw, inclusive; -1 is the last of all.
         judge: ``final`` walks all steps; ``x0`` stops at the last trained step and judges its one-step
             prediction of the clean video.
+        branch: Guidance branches that get a gradient: ``both``, which is exact and what everybody publishes, or
+            ``prompt`` alone, for half the time of a trained step.
 
     Raises:
         ValueError: A value outside the ranges above.
@@ -58,12 +61,12 @@ class BackpropSchedule:
     start: int = 0
     end: int = -1
     judge: JudgeAt = "final"
+    branch: Branch = "both"
 
     def __post_init__(self) -> None:
-        if self.strategy not in get_args(Strategy):
-            raise ValueError(f"strategy must be one of {', '.join(get_args(Strategy))}, got {self.strategy!r}")
-        if self.judge not in get_args(JudgeAt):
-            raise ValueError(f"judge must be one of {', '.join(get_args(JudgeAt))}, got {self.judge!r}")
+        for name, kind in (("strategy", Strategy), ("judge", JudgeAt), ("branch", Branch)):
+            if getattr(self, name) not in get_args(kind):
+                raise ValueError(f"{name} must be one of {', '.join(get_args(kind))}, got {getattr(self, name)!r}")
         if self.num_steps < 1:
             raise ValueError(f"num_steps must be at least 1, got {self.num_steps}")
         if not 0 <= self.coupling <= 1:
