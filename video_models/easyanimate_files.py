@@ -40,7 +40,7 @@ def load(
     """Load what :func:`detect` recognised.
 
     A file ``reward_lora.json`` in the folder may override the model's defaults: ``name``, ``width``, ``height``,
-    ``frames``, ``steps``, ``guidance_scale``, ``fps`` and ``lora_targets``.
+    ``frames``, ``steps``, ``guidance_scale``, ``fps``, ``lora_targets`` and ``recipe``.
 
     Args:
         folder: The model's folder.

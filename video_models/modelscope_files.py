@@ -62,7 +62,7 @@ def load(
     """Load what :func:`detect` recognised.
 
     A file ``reward_lora.json`` in the folder may override the model's defaults: ``name``, ``width``, ``height``,
-    ``frames``, ``steps``, ``guidance_scale``, ``fps`` and ``lora_targets``.
+    ``frames``, ``steps``, ``guidance_scale``, ``fps``, ``lora_targets`` and ``recipe``.
 
     Args:
         folder: The model's folder.
@@ -107,9 +107,8 @@ def _diffusers_parts(folder: Path) -> _Parts:
 
     def tokenizer(tokens: int) -> Callable[[str], Sequence[int]]:
         vocabulary = load_tokenizer(folder / "tokenizer")
-        return lambda prompt: vocabulary(
-            prompt, padding="max_length", max_length=tokens, truncation=True
-        ).input_ids  # fmt: skip
+        padded = {"padding": "max_length", "max_length": tokens, "truncation": True}
+        return lambda prompt: vocabulary(prompt, **padded).input_ids
 
     return _Parts(
         unet=component(unet, _stem(unet, WEIGHTS), diffusers("UNet3DConditionModel")),
@@ -160,8 +159,9 @@ def _told(read: Callable[[Mapping[str, Tensor]], dict[str, Any]]) -> Callable[[M
 
 
 def _first_stage(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The VAE out of a whole Stable Diffusion checkpoint, which the published file is."""
-    return {n.removeprefix(VAE_PREFIX): tensor for n, tensor in tensors.items() if n.startswith(VAE_PREFIX)}
+    """The VAE out of a whole Stable Diffusion checkpoint, which the published file is, or alone as it may be."""
+    mine = {n.removeprefix(VAE_PREFIX): tensor for n, tensor in tensors.items() if n.startswith(VAE_PREFIX)}
+    return mine or dict(tensors)
 
 
 def _stem(folder: Path, stems: tuple[str, ...]) -> str:
@@ -170,7 +170,7 @@ def _stem(folder: Path, stems: tuple[str, ...]) -> str:
 
 
 def rename_attention(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A VAE's tensors under the names diffusers has since 0.16."""
+    """A VAE's tensors under the names diffusers has today."""
 
     def rename(name: str) -> str:
         match = re.fullmatch(r"(.+\.attentions\.\d+\.)(\w+)(\.\w+)", name)
