@@ -77,6 +77,15 @@ def _load_vae(out: Path, device: torch.device):
     return AutoencoderKLWan.from_pretrained(out / "tiny_wan" / "vae").to(device).requires_grad_(False)
 
 
+def _save(model, folder: Path) -> None:
+    """Write a diffusers model; where it was read from is nobody's business."""
+    model.cpu().save_pretrained(folder)
+    path = folder / "config.json"
+    config = json.loads(path.read_text(encoding="utf-8"))
+    config.pop("_name_or_path", None)
+    path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
 def build_vae(out: Path, plan: Plan, generator: torch.Generator, precision: Callable) -> dict[str, float]:
     """Train the autoencoder and write `tiny_wan/vae`."""
     device = generator.device
@@ -84,7 +93,7 @@ def build_vae(out: Path, plan: Plan, generator: torch.Generator, precision: Call
     vae.fit(model, generator, plan.vae, precision)
     latents, _ = vae.dataset(model, min(512, plan.clips), generator, precision)
     vae.write_statistics(model, latents)
-    model.cpu().save_pretrained(out / "tiny_wan" / "vae")
+    _save(model, out / "tiny_wan" / "vae")
     return measure.of_vae(model, plan.samples, torch.Generator().manual_seed(1))
 
 
@@ -92,7 +101,7 @@ def build_blend(out: Path, plan: Plan, generator: torch.Generator, precision: Ca
     """Teach the decoder blended colours and write `tiny_wan/vae` again."""
     model = _load_vae(out, generator.device)
     vae.linearise(model, generator, *plan.blend, precision)
-    model.cpu().save_pretrained(out / "tiny_wan" / "vae")
+    _save(model, out / "tiny_wan" / "vae")
     return measure.of_vae(model, plan.samples, torch.Generator().manual_seed(1))
 
 
@@ -125,6 +134,7 @@ def write_pipeline(folder: Path, transformer, encoder, autoencoder) -> None:
     path.write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
     options = {"name": "tiny-wan", "width": WIDTH, "height": HEIGHT, "frames": FRAMES, "fps": 8}
     options |= {"steps": STEPS, "guidance_scale": GUIDANCE, "text_tokens": TEXT_LENGTH}
+    options["recipe"] = "builtin"
     options["lora_targets"] = ["all-linear"]
     (folder / "reward_lora.json").write_text(json.dumps(options, indent=2) + "\n", encoding="utf-8")
 
