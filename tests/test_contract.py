@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
+import re
+from pathlib import Path
+
 import pytest
 import torch
+from reward_lora import video_models
 from reward_lora.lora.adapter import inject_new
 from reward_lora.reward_models import load_reward
 from reward_lora.reward_models.protocol import Reward
@@ -13,7 +18,7 @@ from reward_lora.training.gradient import Walk, replay, rollout
 from reward_lora.training.judge import Objective, judge
 from reward_lora.training.schedule import BackpropSchedule
 from reward_lora.video_models import load_video_model
-from reward_lora.video_models.protocol import VideoModel
+from reward_lora.video_models.protocol import ModelSpec, VideoModel
 
 STEPS, GUIDANCE = 3, 2.0
 CASES = cases()
@@ -61,6 +66,14 @@ def collect(adapters) -> dict:
 def test_a_model_and_a_reward_keep_their_protocols(walk, reward):
     assert isinstance(walk[0].model, VideoModel)
     assert isinstance(reward, Reward)
+
+
+def test_the_guide_for_families_names_all_that_the_protocol_asks():
+    guide = (Path(video_models.__file__).parent / "README.md").read_text(encoding="utf-8")
+    asked = {name for name in (*vars(VideoModel), *VideoModel.__annotations__) if not name.startswith("_")}
+    assert {"predict", "spec", "device"} <= asked
+    for name in (*asked, *(field.name for field in dataclasses.fields(ModelSpec))):
+        assert re.search(rf"`{name}\b", guide), name
 
 
 @pytest.mark.parametrize("name", SCHEDULES)

@@ -110,6 +110,14 @@ def test_ti2v_takes_one_image_a_sample_and_no_end(ti2v):
         ti2v.conditioning(texts, None, shape, end_image=images)
 
 
+def test_ti2v_decodes_as_diffusers_does(ti2v):
+    latents = torch.randn(1, 48, 3, 4, 8, generator=torch.Generator().manual_seed(0))
+    mean, std = (torch.tensor(ti2v.vae.config[key]).view(1, -1, 1, 1, 1) for key in ("latents_mean", "latents_std"))
+    with torch.no_grad():
+        reference = ti2v.vae.decode(latents * std + mean, return_dict=False)[0]
+        assert torch.allclose(ti2v.decode(latents) * 2 - 1, reference, atol=1e-5)
+
+
 def test_ti2v_has_its_published_defaults(ti2v):
     spec = ti2v.spec
     assert (spec.latent_channels, spec.image_to_video, spec.experts) == (48, True, ("transformer",))

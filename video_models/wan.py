@@ -288,13 +288,13 @@ class WanModel:
 
     def to(self, device: torch.device | str, *parts: str) -> None:
         modules = {"text": self.text_encoder, "denoiser": self.transformer, "vae": self.vae}
-        waiting = [network for network in self.denoisers.values() if network is not self.transformer]
         unknown = set(parts) - set(modules)
         if unknown:
             raise ValueError(f"unknown parts {sorted(unknown)}; allowed are {sorted(modules)}")
         for part in parts or modules:
             if part == "denoiser":
-                for network in waiting:
-                    rest(network) if torch.device(device).type != "cpu" else network.to("cpu")
+                for network in self.denoisers.values():
+                    if network is not self.transformer:
+                        rest(network)
             if modules[part] is not None:
                 modules[part].to(device)
