@@ -177,3 +177,33 @@ def test_x0_judge_stops_at_the_last_trained_step():
 def test_bad_schedules_say_what_is_allowed(settings, words):
     with pytest.raises(ValueError, match=words):
         BackpropSchedule(**settings).draw(torch.linspace(1, 0, 11), 0)
+
+
+@pytest.mark.parametrize("coupling", [0.0, 0.5, 1.0])
+def test_through_the_prompts_branch_alone_it_is_that_of_a_graph_without_the_other(coupling):
+    class PromptOnly(Walk):
+        def predict(self, x, sigma):
+            (negative, unwanted), (positive, wanted) = self.branches()
+            with torch.no_grad():
+                kept = negative * self.model.predict(x, sigma, unwanted)
+            return kept + positive * self.model.predict(x, sigma, wanted)
+
+    model = exactness.tiny_wan()
+    adapter = inject_new(model.transformer, ("all-linear",), rank=2, alpha=2.0, seed=1)
+    generator = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for parameter in adapter.parameters().values():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.2)
+    texts = [torch.randn(5, 8, generator=generator, dtype=torch.float64) for _ in range(2)]
+    conditioning = model.conditioning(texts[:1], texts[1:], exactness.LATENT_SHAPE)
+    noise = model.initial_latents(exactness.LATENT_SHAPE, [3]).double()
+    plan = BackpropSchedule("tail", 3).draw(model.sigmas(5), 0)
+    calls, reward = [], exactness.ToyReward()
+    walk = Walk(model, conditioning, 3.0, tick=calls.append)
+    exactness.one_graph(PromptOnly(model, conditioning, 3.0), noise, plan, reward, Objective(), coupling)
+    reference = exactness.gradients(adapter)
+    final, kept = rollout(walk, noise, plan)
+    verdict = judge(walk, final, reward, [""], Objective(), View(0))
+    replay(walk, kept, plan, verdict.gradient, coupling, branch="prompt")
+    assert exactness.relative_error(exactness.gradients(adapter), reference) < 1e-12
+    assert calls.count("replay") == 3
