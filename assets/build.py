@@ -77,13 +77,11 @@ def _load_vae(out: Path, device: torch.device):
     return AutoencoderKLWan.from_pretrained(out / "tiny_wan" / "vae").to(device).requires_grad_(False)
 
 
-def _save(model, folder: Path) -> None:
-    """Write a diffusers model; where it was read from is nobody's business."""
-    model.cpu().save_pretrained(folder)
-    path = folder / "config.json"
-    config = json.loads(path.read_text(encoding="utf-8"))
-    config.pop("_name_or_path", None)
-    path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+def _anonymous(config: Path) -> None:
+    """Take out of a written configuration where it was read from."""
+    content = json.loads(config.read_text(encoding="utf-8"))
+    content.pop("_name_or_path", None)
+    config.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def build_vae(out: Path, plan: Plan, generator: torch.Generator, precision: Callable) -> dict[str, float]:
@@ -93,7 +91,7 @@ def build_vae(out: Path, plan: Plan, generator: torch.Generator, precision: Call
     vae.fit(model, generator, plan.vae, precision)
     latents, _ = vae.dataset(model, min(512, plan.clips), generator, precision)
     vae.write_statistics(model, latents)
-    _save(model, out / "tiny_wan" / "vae")
+    model.cpu().save_pretrained(out / "tiny_wan" / "vae")
     return measure.of_vae(model, plan.samples, torch.Generator().manual_seed(1))
 
 
@@ -101,7 +99,7 @@ def build_blend(out: Path, plan: Plan, generator: torch.Generator, precision: Ca
     """Teach the decoder blended colours and write `tiny_wan/vae` again."""
     model = _load_vae(out, generator.device)
     vae.linearise(model, generator, *plan.blend, precision)
-    _save(model, out / "tiny_wan" / "vae")
+    model.cpu().save_pretrained(out / "tiny_wan" / "vae")
     return measure.of_vae(model, plan.samples, torch.Generator().manual_seed(1))
 
 
@@ -128,6 +126,7 @@ def write_pipeline(folder: Path, transformer, encoder, autoencoder) -> None:
         scheduler=FlowMatchEulerDiscreteScheduler(num_train_timesteps=1000, shift=SHIFT),
     )
     pipeline.save_pretrained(folder)
+    _anonymous(folder / "vae" / "config.json")
     tokenizer.save(words, folder / "tokenizer")
     path = folder / "model_index.json"
     index = json.loads(path.read_text(encoding="utf-8")) | {"tokenizer": ["transformers", tokenizer.CLASS]}
