@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -42,28 +43,31 @@ def write_video(path: Path | str, frames: Tensor, fps: int) -> Path:
 
 
 def read_video(path: Path | str, max_frames: int = 0) -> Tensor:
-    """Read a video or picture as ``[3, T, H, W]`` in 0..1.
+    """Read a video or picture as ``[3, T, H, W]`` in 0..1. Raises as :func:`read_frames`."""
+    return torch.stack(list(islice(read_frames(path), max_frames or None)), dim=1).float() / 255
+
+
+def read_frames(path: Path | str) -> Iterator[Tensor]:
+    """Frames ``[3, H, W]``, uint8, of a video or picture, one by one, upright as its camera noted.
 
     Raises:
         ValueError: The file is missing or holds no picture.
     """
     import av
 
-    path = Path(path)
+    path, empty = Path(path), True
     if not path.is_file():
-        raise ValueError(f"{path}: there is no such video")
+        raise ValueError(f"{path}: there is no such video or picture")
     try:
         with av.open(str(path)) as container:
-            images = []
             for frame in container.decode(video=0):
-                images.append(frame.to_ndarray(format="rgb24"))
-                if max_frames and len(images) == max_frames:
-                    break
+                turns = round(getattr(frame, "rotation", 0) / 90)  # older releases of PyAV do not tell
+                yield torch.from_numpy(np.rot90(frame.to_ndarray(format="rgb24"), turns).copy()).permute(2, 0, 1)
+                empty = False
     except (av.FFmpegError, IndexError) as error:
         raise ValueError(f"{path.name} cannot be read as a video or picture ({error})") from None
-    if not images:
+    if empty:
         raise ValueError(f"{path.name} holds no frames")
-    return torch.from_numpy(np.stack(images)).permute(3, 0, 1, 2).float() / 255
 
 
 def contact_sheet(
