@@ -5,7 +5,8 @@ from __future__ import annotations
 import importlib.metadata
 import importlib.util
 import logging
-from collections.abc import Mapping, Sequence
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -28,6 +29,8 @@ from .files import Request, RewardEntry, find
 from .protocol import Reward
 
 log = logging.getLogger(__name__)
+
+ROOT = Path(__file__).resolve().parent.parent
 
 REWARDS: dict[str, RewardEntry] = {
     **clip_score.ENTRIES,
@@ -55,7 +58,7 @@ def all_rewards() -> dict[str, RewardEntry]:
         package = point.dist.name if point.dist else point.value
         if point.name in found:
             log.warning("the reward %s of the package %s is left out: the name is taken", point.name, package)
-        elif importlib.util.find_spec(point.value.partition(":")[0].partition(".")[0]) is None:
+        elif not _is_installed(point.value.partition(":")[0].partition(".")[0]):
             log.warning(
                 "the reward %s of the package %s is left out: %s is not there", point.name, package, point.value
             )
@@ -101,14 +104,21 @@ def load_reward(
         with torch.inference_mode(False):
             return entry.load(Request(name, files, path, device, dtype, settled))
     except ModuleNotFoundError as error:
-        if not entry.extra:
-            raise
+        needed = f'"{ROOT}[{entry.extra}]"' if entry.extra else f"-r {ROOT / 'requirements.txt'}"
         raise ValueError(
-            f'{name} needs the Python package {error.name}; install it with pip install "reward-lora[{entry.extra}]"'
+            f"{name} needs the Python package {error.name}, which is not installed: {sys.executable} -m pip install "
+            f"{needed}"
         ) from None
 
 
-def _of_a_package(point: importlib.metadata.EntryPoint, package: str):
+def _is_installed(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except (ImportError, ValueError):  # a name that is none
+        return False
+
+
+def _of_a_package(point: importlib.metadata.EntryPoint, package: str) -> Callable[[Request], Reward]:
     """The loader of an entry point; whatever goes wrong in it becomes a sentence that names the package."""
 
     def load(request: Request) -> Reward:

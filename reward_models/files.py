@@ -93,7 +93,7 @@ class RewardEntry:
         licence: Of the weights, for where a user chooses them.
         parts: What it is read from; the first is the one a path to a single file means.
         options: Settings with the values allowed, the default first; no values allow any text.
-        extra: Of this package, when it needs more than the rest (``pip install reward-lora[face]``).
+        extra: Of this package, when it needs more than the rest: ``face`` of ``reward-lora[face]``.
     """
 
     load: Callable[[Request], Reward]

@@ -213,7 +213,7 @@ ENTRIES = {
     "mps": RewardEntry(
         _load,
         "MPS, human preference in many dimensions, plain cosine",
-        "research, see github.com/Kwai-Kolors/MPS; CLIP ViT-H/14: MIT",
+        "MPS: not stated (github.com/Kwai-Kolors/MPS); CLIP ViT-H/14: MIT",
         {
             "weights": Part(
                 "MPS_overall.pth",

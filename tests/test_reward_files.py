@@ -229,12 +229,13 @@ def test_a_wrong_checksum_is_one_sentence(hub, tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_missing_extra_is_one_sentence(monkeypatch):
+@pytest.mark.parametrize(("extra", "needed"), [("special", r'"\S+\[special\]"'), ("", r"-r \S+requirements.txt")])
+def test_a_missing_package_is_one_sentence(extra, needed, monkeypatch):
     def load(request):
         import no_such_package  # noqa: F401
 
-    monkeypatch.setitem(REWARDS, "special", RewardEntry(load, "needs more", extra="special"))
-    with pytest.raises(ValueError, match=r'no_such_package; install it with pip install "reward-lora\[special\]"'):
+    monkeypatch.setitem(REWARDS, "special", RewardEntry(load, "needs more", extra=extra))
+    with pytest.raises(ValueError, match=rf"no_such_package, which is not installed: \S+ -m pip install {needed}"):
         load_reward("special")
 
 
@@ -270,7 +271,7 @@ def package(tmp_path, monkeypatch):
     info.mkdir()
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: mine-of-a-user\nVersion: 1.0\n")
     lines = ["mine = mine_of_a_user:Mine", "not_one = mine_of_a_user:not_one", "broken = mine_of_a_user:broken",
-             "gone = a_module_that_is_gone:Reward", "absent = mine_of_a_user:Absent",
+             "gone = a_module_that_is_gone:Reward", "odd = .:Reward", "absent = mine_of_a_user:Absent",
              "pickscore = mine_of_a_user:Mine"]  # fmt: skip
     (info / "entry_points.txt").write_text(f"[{GROUP}]\n" + "\n".join(lines) + "\n")
     monkeypatch.syspath_prepend(tmp_path)
