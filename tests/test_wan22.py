@@ -104,7 +104,7 @@ def test_ti2v_takes_one_image_a_sample_and_no_end(ti2v):
     x, sigma = ti2v.initial_latents(shape, [1, 2]), torch.tensor(0.8, dtype=torch.float64)
     together = ti2v.predict(x, sigma, both.positive)
     alone = ti2v.conditioning(texts[1:], None, shape, start_image=images[1:]).positive
-    assert torch.allclose(ti2v.predict(x[1:], sigma, alone), together[1:], atol=1e-5)
+    assert torch.allclose(ti2v.predict(x[1:], sigma, alone), together[1:], atol=1e-4, rtol=1e-4)
     assert torch.equal(both.negative["first"], both.positive["first"])
     with pytest.raises(ValueError, match="cannot end with one; leave the end image out"):
         ti2v.conditioning(texts, None, shape, end_image=images)
