@@ -17,8 +17,8 @@ CHUNK = 4
 ACCELERATED, ACCELERATED_WITHOUT_GRADIENT = 2, 8
 """How many times more an accelerator gets: enough to fill it."""
 REMEMBERED_TEXTS = 1024
-HALF_SCALE = 1024.0
-"""Gradients of a float16 network are computed this many times larger, or they would vanish in it."""
+HALF_SCALES = (1024.0, 32.0, 1.0)
+"""Gradients of a float16 network pass it this many times larger, or they would vanish; the next if they overflow."""
 
 
 class ImageJudge(Protocol):
@@ -69,8 +69,7 @@ class FrameReward:
             return self.judge(images, [texts[clip] for clip in clips])
 
         half = any(parameter.dtype == torch.float16 for parameter in self.judge.parameters())
-        scale = HALF_SCALE if half else 1.0
-        return score_images(frames, judge, self.device, self.chunk, gradient_scale=scale).mean(1)
+        return score_images(frames, judge, self.device, self.chunk, half=half).mean(1)
 
     def _encode(self, prompts: Sequence[str]) -> list[Any]:
         texts = {}
@@ -109,7 +108,7 @@ def score_images(
     device: torch.device,
     chunk: int = CHUNK,
     *,
-    gradient_scale: float = 1.0,
+    half: bool = False,
 ) -> Tensor:
     """Score every frame by itself, at the memory of a chunk whatever their number.
 
@@ -121,14 +120,14 @@ def score_images(
         judge: Takes ``[n, 3, H, W]`` on ``device``, float32 or better, and the clip each image is from; gives ``[n]``.
         device: Where the judge computes.
         chunk: Images at once.
-        gradient_scale: Gradients are this many times larger while they pass the judge.
+        half: Whether the judge computes in float16.
 
     Returns:
         ``[B, T]``, float32 or better, where the frames lie.
     """
     if torch.is_grad_enabled() and frames.requires_grad:
         chunk *= 1 if device.type == "cpu" else ACCELERATED
-        return _ScoreImages.apply(frames, judge, device, chunk, gradient_scale)
+        return _ScoreImages.apply(frames, judge, device, chunk, HALF_SCALES if half else (1.0,))
     chunk *= 1 if device.type == "cpu" else ACCELERATED_WITHOUT_GRADIENT
     with torch.no_grad():
         return _clips([judge(_images(frames, part, device), part[0]) for part in _parts(frames, chunk)], frames)
@@ -136,13 +135,19 @@ def score_images(
 
 class _ScoreImages(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, frames: Tensor, judge: Callable, device: torch.device, chunk: int, scale: float) -> Tensor:
+    def forward(
+        ctx, frames: Tensor, judge: Callable, device: torch.device, chunk: int, scales: Sequence[float]
+    ) -> Tensor:
         scores, gradient = [], torch.empty_like(frames)
         for part in _parts(frames, chunk):
             with torch.enable_grad():
                 images = _images(frames, part, device).requires_grad_()
                 scored = judge(images, part[0])
-                (found,) = torch.autograd.grad(scored.sum() * scale, images)
+                for scale in scales:
+                    last = scale == scales[-1]
+                    (found,) = torch.autograd.grad(scored.sum() * scale, images, retain_graph=not last)
+                    if last or found.isfinite().all():
+                        break
             scores.append(scored.detach())
             gradient[part[0], :, part[1]] = (found / scale).to(gradient)
         ctx.save_for_backward(gradient)

@@ -11,6 +11,7 @@ from reward_lora.reward_models import preprocess as pre
 from reward_lora.reward_models.clip_score import BUILT_IN
 from reward_lora.reward_models.mps import CONDITION
 from reward_lora.reward_models.protocol import Reward
+from reward_lora.reward_models.scoring import FrameReward
 from reward_lora.selfcheck.fixtures import find
 from reward_lora.selfcheck.rewards import check_rewards
 from torch.nn import functional as F
@@ -181,6 +182,25 @@ def test_half_precision_is_near(make):
     exact, near = results[torch.float32], results[torch.float16]
     assert near[0] == pytest.approx(exact[0], abs=0.03 * max(1, abs(exact[0])))
     assert F.cosine_similarity(exact[1].flatten(), near[1].flatten(), dim=0) > 0.95
+
+
+def test_a_gradient_that_overflows_in_half_precision_is_taken_again_smaller():
+    """1024 times this one is beyond float16."""
+    judge = torch.nn.Linear(3, 1, bias=False).half().requires_grad_(False)
+    judge.weight.fill_(400.0)
+    reward = FrameReward(_Colour(judge), "steep", reads_prompt=False)
+    frames = torch.full((1, 3, 1, 2, 2), 0.5, requires_grad=True)
+    reward.score(frames, [""]).sum().backward()
+    torch.testing.assert_close(frames.grad, torch.full_like(frames, 100.0))
+
+
+class _Colour(torch.nn.Module):
+    def __init__(self, linear):
+        super().__init__()
+        self.linear = linear
+
+    def forward(self, images, texts):
+        return self.linear(images.mean((2, 3)).half())[:, 0]
 
 
 def test_pickscore_against_transformers(reward_files):
