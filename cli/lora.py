@@ -50,8 +50,6 @@ class Inspect:
             print(f"note: {note}")
         for key, value in sorted(lora.metadata.items()):
             print(f"{key}: {value}")
-        if lora.other_keys:
-            print(f"other keys: {len(lora.other_keys)}, such as {lora.other_keys[0]}")
         if self.model:
             model = load_video_model(self.model, text=False)
             for expert in model.denoisers:

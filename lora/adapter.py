@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from itertools import count
 
 from .inject import STRENGTH_RANGE, Adapter, check_strength, inject_new, inject_weights, total_norm
 from .match import fit
@@ -88,8 +89,10 @@ class LoraUse:
         window = f", steps from {self.start:.0%} to {self.end:.0%}" if (self.start, self.end) != (0, 1) else ""
         return f"strength {self.strength:g}{window}"
 
-    def put_into(self, model, name: str) -> tuple[list[Adapter], list[str]]:
-        """Inject it under a name. Gives the adapters, and one line each."""
+    def put_into(self, model) -> tuple[list[Adapter], list[str]]:
+        """Inject it. Gives the adapters, and one line each."""
+        taken = {name for network in model.denoisers.values() for name in getattr(network, "peft_config", ())}
+        name = next(name for name in map("lora_{}".format, count()) if name not in taken)
         adapters, reports = [], []
         try:
             for expert in self.experts(model):
@@ -120,8 +123,8 @@ def applied(model, uses: Sequence[LoraUse]) -> Iterator[list[str]]:
     """
     reports: list[str] = []
     with ExitStack() as undo:
-        for index, use in enumerate(uses):
-            adapters, lines = use.put_into(model, f"lora_{index}")
+        for use in uses:
+            adapters, lines = use.put_into(model)
             reports += lines
             for adapter in adapters:
                 undo.callback(adapter.remove)
@@ -143,7 +146,7 @@ def _window(adapter: Adapter, start: float, end: float) -> Iterator[None]:
             del vars(adapter.model)[_WINDOWS]
 
 
-def at_step(model, index: int, count: int) -> None:
+def at_step(model, index: int, steps: int) -> None:
     """Tell the LoRAs of a model which solver step comes, so that one with a window acts in it alone.
 
     Whoever walks from noise to video calls it before every step.
@@ -151,9 +154,9 @@ def at_step(model, index: int, count: int) -> None:
     Args:
         model: The video model.
         index: Of the step; 0 is the noisiest.
-        count: Steps of the whole walk.
+        steps: Of the whole walk.
     """
-    middle = (index + 0.5) / count
+    middle = (index + 0.5) / steps
     for network in model.denoisers.values():
         for adapter, start, end in getattr(network, _WINDOWS, ()):
             adapter.paused = not start <= middle < end

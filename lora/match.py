@@ -55,6 +55,10 @@ def match(file: LoraFile, original_names: Mapping[str, str], shapes: Mapping[str
             )
         spelling[ours] = spelled
         shape, offset = tuple(shapes[ours]), file.offsets.get(spelled, Offset())
+        if offset.weight is not None:
+            _same(file, f"{spelled}.diff", tuple(offset.weight.shape), shape)
+        if offset.bias is not None:
+            _same(file, f"{spelled}.diff_b", tuple(offset.bias.shape), shape[:1])
         if spelled in file.modules:
             module = file.modules[spelled]
             given = (module.up.shape[0], module.down.shape[1])
@@ -64,11 +68,7 @@ def match(file: LoraFile, original_names: Mapping[str, str], shapes: Mapping[str
             else:  # a convolution: its weights are few, so the product is added as it is
                 delta = module.delta().reshape(shape)
                 offset = replace(offset, weight=delta if offset.weight is None else delta + offset.weight.float())
-        if offset.weight is not None:
-            _same(file, f"{spelled}.diff", tuple(offset.weight.shape), shape)
-        if offset.bias is not None:
-            _same(file, f"{spelled}.diff_b", tuple(offset.bias.shape), shape[:1])
-        if offset != Offset():
+        if offset.weight is not None or offset.bias is not None:
             offsets[ours] = offset
     if not spelling:
         raise WeightFileError(

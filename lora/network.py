@@ -11,7 +11,7 @@ ALL_LINEAR = "all-linear"
 
 
 def base_layers(model: nn.Module) -> dict[str, nn.Module]:
-    """Every layer with a weight of its own by its real name; an injected adapter is looked through."""
+    """Every linear layer, convolution and norm by its real name; an injected adapter is looked through."""
     from peft.tuners.lora import LoraLayer
 
     inside = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, LoraLayer))
@@ -21,7 +21,7 @@ def base_layers(model: nn.Module) -> dict[str, nn.Module]:
             module = module.get_base_layer()
         elif inside and name.startswith(inside):
             continue
-        if getattr(module, "weight", None) is not None:
+        if getattr(module, "weight", None) is not None and not isinstance(module, nn.Embedding):
             layers[name] = module
     return layers
 

@@ -19,6 +19,9 @@ Layout = Literal["dotted", "diffusers", "videox-fun"]
 with underscores>.lora_down/up.weight`` and ``.alpha``, which VideoX-Fun reads."""
 
 
+DOTTED = "diffusion_model."
+
+
 def write_lora(
     path: Path | str,
     modules: Mapping[str, LoraModule],
@@ -74,7 +77,7 @@ def rounding(modules: Mapping[str, LoraModule], layout: Layout, dtype: torch.dty
 def _spelled(layout: Layout, ours: str, original: str) -> str:
     if layout == "diffusers":
         return f"transformer.{ours}"
-    return f"diffusion_model.{original}" if layout == "dotted" else f"lora_unet__{original.replace('.', '_')}"
+    return f"{DOTTED}{original}" if layout == "dotted" else f"lora_unet__{original.replace('.', '_')}"
 
 
 def _stored(module: LoraModule, layout: Layout, dtype: torch.dtype | None) -> tuple[Tensor, Tensor]:

@@ -12,6 +12,7 @@ from comfy_api.latest import io
 
 from ..lora.adapter import AUTO, HIGH_NOISE, LOW_NOISE, STRENGTH_RANGE, LoraUse
 from ..lora.files import LoraFile, read_lora, write_lora
+from ..lora.write import DOTTED
 from . import folders
 from .bridge import engine, say
 from .types import LoadedModel, LoraType, VideoModelType
@@ -176,6 +177,8 @@ class SaveRewardLora(io.ComfyNode):
             texts = {"prompt": cls.hidden.prompt, **(cls.hidden.extra_pnginfo or {})}
             metadata |= {key: json.dumps(value) for key, value in texts.items() if value is not None}
         with engine():
+            if lora.prefix != DOTTED:
+                raise ValueError(f"{lora.path.name} lies in a file already, which every LoRA node reads as it is")
             path = folders.next_file(prefix)
             names = {name: name.removeprefix(lora.prefix) for name in lora.names}
             write_lora(path, lora.modules, names, metadata, None, offsets=lora.offsets)

@@ -314,6 +314,16 @@ def test_at_step_without_a_window_is_nothing(wan, predict, path):
         assert torch.equal(predict(), before)
 
 
+def test_applied_blocks_may_be_nested(wan, predict, path):
+    lora, base = read_lora(path), predict()
+    with applied(wan, [LoraUse(lora, 0.5)]):
+        half = predict()
+        with applied(wan, [LoraUse(lora, -0.5)]):
+            torch.testing.assert_close(predict(), base, rtol=1e-4, atol=1e-5)
+        assert torch.equal(predict(), half)
+    assert torch.equal(predict(), base)
+
+
 def test_names_are_the_models_own(wan, path):
     lora = read_lora(path)
     with pytest.raises(WeightFileError, match="none of its"):

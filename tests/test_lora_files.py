@@ -121,6 +121,10 @@ def test_plain_additions_are_read_and_written(tmp_path):
     assert torch.equal(matched.offsets["ffn.net.0.proj"].weight, torch.ones(8, 6))
     path = write_lora(tmp_path / "b.safetensors", matched.modules, NAMES, {}, offsets=matched.offsets)
     assert load_file(path).keys() == tensors.keys()
+    save_file(tensors | {"diffusion_model.blocks.0.diff_m": torch.ones(3)}, tmp_path / "more.safetensors")
+    assert read_lora(tmp_path / "more.safetensors").notes == (
+        "left out, for they are no weights of a LoRA: diffusion_model.blocks.0.diff_m",
+    )
     save_file({f"{Q}.diff": torch.ones(3, 3)}, tmp_path / "wrong.safetensors")
     with pytest.raises(WeightFileError, match="diff is 3x3 in it and 6x4 here"):
         read(tmp_path / "wrong.safetensors")
