@@ -8,7 +8,7 @@ from reward_lora.training.decoding import Decoder
 from reward_lora.training.gradient import Walk, silent
 from reward_lora.training.judge import Objective, View, judge
 from reward_lora.video_models import load_video_model
-from reward_lora.video_models.wan import float64_throughout
+from reward_lora.video_models.precision import float64_throughout
 
 LATENTS = 5
 

@@ -6,7 +6,6 @@ are ``[B, t, C, h, w]``; at the door they are ``[B, C, t, h, w]`` as everywhere.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,12 +15,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .cogvideox_decoder import decoder_stations
+from .common import check_pairs, draw_noise, freeze, linear_names, move, no_text_encoder, short_hash
 from .images import fit_image, masked_latents
+from .precision import float64_throughout
 from .protocol import Carried, Conditioning, ModelSpec
 from .rotary import rotary_tables
 from .solvers import Ddim
 from .stations import pass_through
-from .wan import float64_throughout
 
 
 @dataclass(frozen=True)
@@ -79,9 +79,7 @@ class CogVideoXModel:
         self.denoisers = {"transformer": transformer}
         self.vae, self.text_encoder, self.tokenizer = vae, text_encoder, tokenizer
         self.solver, self._fingerprint = solver, fingerprint
-        for module in (transformer, vae, text_encoder):
-            if module is not None:
-                module.eval().requires_grad_(False)
+        freeze(transformer, vae, text_encoder)
 
     @property
     def transformer(self) -> nn.Module:
@@ -101,18 +99,16 @@ class CogVideoXModel:
         return self.transformer.config.max_text_seq_length
 
     def lora_names(self, expert: str) -> dict[str, str]:
-        linear = (name for name, module in self.denoisers[expert].named_modules() if isinstance(module, nn.Linear))
-        # In an injected adapter the layer itself is called base_layer, and the adapter's own matrices lora_A, lora_B.
-        return {name: name for name in (n.removesuffix(".base_layer") for n in linear if ".lora_" not in n)}
+        return linear_names(self.denoisers[expert])
 
     def text_fingerprint(self) -> str:
-        return hashlib.sha256(f"cogvideox:{self.text_tokens}:{self._fingerprint}".encode()).hexdigest()[:16]
+        return short_hash("cogvideox", self.text_tokens, self._fingerprint)
 
     @torch.no_grad()
     def encode_text(self, prompts: Sequence[str]) -> list[Tensor]:
         """All tokens ``[226, D]`` a prompt, the padding too: T5 sees it without a mask, and so does the transformer."""
         if self.text_encoder is None:
-            raise RuntimeError(f"{self.spec.name} was loaded without its text encoder; load it with text=True")
+            raise no_text_encoder(self.spec)
         device = next(self.text_encoder.parameters()).device
         embeddings = []
         for prompt in prompts:  # one by one: a prompt's embedding must not depend on its neighbours
@@ -130,8 +126,7 @@ class CogVideoXModel:
         end_image: Tensor | None = None,
     ) -> Conditioning:
         batch = len(positive)
-        if negative is not None and len(negative) != batch:
-            raise ValueError(f"{batch} positive prompts need as many negative ones, got {len(negative)}")
+        check_pairs(positive, negative)
         lengths = {len(text) for text in (*positive, *(negative or ()))}
         if lengths != {self.text_tokens} and (
             len(lengths) > 1 or hasattr(self.transformer.patch_embed, "pos_embedding")
@@ -170,8 +165,7 @@ class CogVideoXModel:
         return {"latents": given.expand(batch, -1, -1, -1, -1).to(self.device, self.dtype)}
 
     def initial_latents(self, latent_shape: Sequence[int], seeds: Sequence[int]) -> Tensor:
-        noise = [torch.randn(tuple(latent_shape), generator=torch.Generator().manual_seed(seed)) for seed in seeds]
-        return torch.stack(noise).to(self.device)
+        return draw_noise(latent_shape, seeds, self.device)
 
     def sigmas(self, steps: int) -> Tensor:
         return self.solver.sigmas(steps)
@@ -237,12 +231,7 @@ class CogVideoXModel:
 
     def to(self, device: torch.device | str, *parts: str) -> None:
         modules = {"text": self.text_encoder, "denoiser": self.transformer, "vae": self.vae}
-        unknown = set(parts) - set(modules)
-        if unknown:
-            raise ValueError(f"unknown parts {sorted(unknown)}; allowed are {sorted(modules)}")
-        for part in parts or modules:
-            if modules[part] is not None:
-                modules[part].to(device)
+        move(modules, device, parts)
 
 
 def rotary_of(config: Any, size: tuple[int, int, int], device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:

@@ -6,7 +6,6 @@ two text encoders and DDIM with v-prediction, V5.1 one and flow matching; the tr
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .common import check_pairs, draw_noise, freeze, linear_names, move, no_text_encoder, short_hash
 from .easyanimate_decoder import decoder_stations
 from .easyanimate_keys import original_module_name
 from .easyanimate_published import as_published
@@ -77,9 +77,7 @@ class EasyAnimateModel:
                 f"{spec.name}'s transformer takes {len(self._widths)} text encoders, got {len(self._towers)}; "
                 "V5 has Bert and T5, V5.1 has Qwen2-VL"
             )
-        for module in (transformer, vae, *(tower.encoder for tower in self._towers)):
-            if module is not None:
-                module.eval().requires_grad_(False)
+        freeze(transformer, vae, *(tower.encoder for tower in self._towers))
 
     @property
     def transformer(self) -> nn.Module:
@@ -94,19 +92,16 @@ class EasyAnimateModel:
         return self.transformer.proj.weight.dtype
 
     def lora_names(self, expert: str) -> dict[str, str]:
-        linear = (name for name, module in self.denoisers[expert].named_modules() if isinstance(module, nn.Linear))
-        # In an injected adapter the layer itself is called base_layer, and the adapter's own matrices lora_A, lora_B.
-        names = (name.removesuffix(".base_layer") for name in linear if ".lora_" not in name)
-        return {name: original_module_name(name) for name in names}
+        return linear_names(self.denoisers[expert], original_module_name)
 
     def text_fingerprint(self) -> str:
-        return hashlib.sha256(f"easyanimate:{self._fingerprint}".encode()).hexdigest()[:16]
+        return short_hash("easyanimate", self._fingerprint)
 
     @torch.no_grad()
     def encode_text(self, prompts: Sequence[str]) -> list[Tensor]:
         """One embedding a prompt, padded to the full number of tokens: the transformer looks at all of them."""
         if any(tower.encoder is None for tower in self._towers):
-            raise RuntimeError(f"{self.spec.name} was loaded without its text encoder; load it with text=True")
+            raise no_text_encoder(self.spec)
         return [
             pack([tower.encode(tower.encoder, tower.tokenizer, prompt, tower.tokens) for tower in self._towers])
             for prompt in prompts
@@ -122,8 +117,7 @@ class EasyAnimateModel:
         end_image: Tensor | None = None,
     ) -> Conditioning:
         batch = len(positive)
-        if negative is not None and len(negative) != batch:
-            raise ValueError(f"{batch} positive prompts need as many negative ones, got {len(negative)}")
+        check_pairs(positive, negative)
         shared = self._image_conditioning(batch, latent_shape, start_image, end_image)
 
         def branch(texts: Sequence[Tensor]) -> dict[str, Tensor]:
@@ -149,8 +143,7 @@ class EasyAnimateModel:
         return {"latents": latents.expand(batch, -1, -1, -1, -1).to(self.device, self.dtype)}
 
     def initial_latents(self, latent_shape: Sequence[int], seeds: Sequence[int]) -> Tensor:
-        noise = [torch.randn(tuple(latent_shape), generator=torch.Generator().manual_seed(seed)) for seed in seeds]
-        return torch.stack(noise).to(self.device)
+        return draw_noise(latent_shape, seeds, self.device)
 
     def sigmas(self, steps: int) -> Tensor:
         return self._solver.sigmas(steps)
@@ -214,9 +207,4 @@ class EasyAnimateModel:
     def to(self, device: torch.device | str, *parts: str) -> None:
         encoders = [tower.encoder for tower in self._towers if tower.encoder is not None]
         modules = {"text": encoders, "denoiser": [self.transformer], "vae": [self.vae]}
-        unknown = set(parts) - set(modules)
-        if unknown:
-            raise ValueError(f"unknown parts {sorted(unknown)}; allowed are {sorted(modules)}")
-        for part in parts or modules:
-            for module in modules[part]:
-                module.to(device)
+        move(modules, device, parts)

@@ -6,7 +6,6 @@ rewards. VADER samples with a two-step solver; here it is DDIM, with the same no
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -14,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .common import check_pairs, draw_noise, freeze, linear_names, move, no_text_encoder, short_hash
 from .pictures import decode_pictures
 from .protocol import Carried, Conditioning, ModelSpec
 from .solvers import Ddim
@@ -70,9 +70,7 @@ class ModelScopeModel:
         self.denoisers = {"transformer": make_checkpointable(unet)}
         self.vae, self.text_encoder = vae, text_encoder
         self._tokenize, self._solver, self._fingerprint = tokenize, solver, fingerprint
-        for module in (unet, vae, text_encoder):
-            if module is not None:
-                module.eval().requires_grad_(False)
+        freeze(unet, vae, text_encoder)
 
     @property
     def unet(self) -> nn.Module:
@@ -87,18 +85,16 @@ class ModelScopeModel:
         return self.unet.conv_in.weight.dtype
 
     def lora_names(self, expert: str) -> dict[str, str]:
-        linear = (name for name, module in self.denoisers[expert].named_modules() if isinstance(module, nn.Linear))
-        # In an injected adapter the layer itself is called base_layer, and the adapter's own matrices lora_A, lora_B.
-        return {name: name for name in (n.removesuffix(".base_layer") for n in linear if ".lora_" not in n)}
+        return linear_names(self.denoisers[expert])
 
     def text_fingerprint(self) -> str:
-        return hashlib.sha256(f"modelscope:{self._fingerprint}".encode()).hexdigest()[:16]
+        return short_hash("modelscope", self._fingerprint)
 
     @torch.no_grad()
     def encode_text(self, prompts: Sequence[str]) -> list[Tensor]:
         """All tokens ``[77, D]`` a prompt: the UNet was trained to look at the padding too."""
         if self.text_encoder is None or self._tokenize is None:
-            raise RuntimeError(f"{self.spec.name} was loaded without its text encoder; load it with text=True")
+            raise no_text_encoder(self.spec)
         device = self.text_encoder.device
         ids = (torch.tensor([list(self._tokenize(prompt))], device=device) for prompt in prompts)
         return [self.text_encoder(one).last_hidden_state[0] for one in ids]  # a prompt depends on no neighbour
@@ -114,8 +110,7 @@ class ModelScopeModel:
     ) -> Conditioning:
         if start_image is not None or end_image is not None:
             raise ValueError(f"{self.spec.name} is a text-to-video model and takes no start or end image")
-        if negative is not None and len(negative) != len(positive):
-            raise ValueError(f"{len(positive)} positive prompts need as many negative ones, got {len(negative)}")
+        check_pairs(positive, negative)
 
         def branch(texts: Sequence[Tensor]) -> dict[str, Tensor]:
             return {"text": torch.stack(list(texts)).to(self.device, self.dtype)}
@@ -123,8 +118,7 @@ class ModelScopeModel:
         return Conditioning(branch(positive), None if negative is None else branch(negative))
 
     def initial_latents(self, latent_shape: Sequence[int], seeds: Sequence[int]) -> Tensor:
-        noise = [torch.randn(tuple(latent_shape), generator=torch.Generator().manual_seed(seed)) for seed in seeds]
-        return torch.stack(noise).to(self.device)
+        return draw_noise(latent_shape, seeds, self.device)
 
     def sigmas(self, steps: int) -> Tensor:
         """The last is that of timestep 0, not 0: the published scheduler leaves this much noise in."""
@@ -156,9 +150,4 @@ class ModelScopeModel:
 
     def to(self, device: torch.device | str, *parts: str) -> None:
         modules = {"text": self.text_encoder, "denoiser": self.unet, "vae": self.vae}
-        unknown = set(parts) - set(modules)
-        if unknown:
-            raise ValueError(f"unknown parts {sorted(unknown)}; allowed are {sorted(modules)}")
-        for part in parts or modules:
-            if modules[part] is not None:
-                modules[part].to(device)
+        move(modules, device, parts)

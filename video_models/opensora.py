@@ -6,7 +6,6 @@ gives the sizes as bfloat16, which moves timesteps by up to half a step of 1000;
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .common import check_pairs, draw_noise, freeze, linear_names, move, no_text_encoder, short_hash
 from .opensora_text import AESTHETIC_SCORE, clean_caption, with_score
 from .opensora_vae import MICRO_FRAMES, frames_of, latents_of
 from .protocol import Carried, Conditioning, ModelSpec
@@ -92,9 +92,7 @@ class OpenSoraModel:
         self.denoisers = {"transformer": transformer}
         self.vae, self.text_encoder, self.tokenizer = vae, text_encoder, tokenizer
         self._fingerprint = fingerprint
-        for module in (transformer, vae, text_encoder):
-            if module is not None:
-                module.eval().requires_grad_(False)
+        freeze(transformer, vae, text_encoder)
 
     @property
     def transformer(self) -> nn.Module:
@@ -109,12 +107,10 @@ class OpenSoraModel:
         return self.transformer.x_embedder.proj.weight.dtype  # the table of angles stays float32
 
     def lora_names(self, expert: str) -> dict[str, str]:
-        linear = (name for name, module in self.denoisers[expert].named_modules() if isinstance(module, nn.Linear))
-        # In an injected adapter the layer itself is called base_layer, and the adapter's own matrices lora_A, lora_B.
-        return {name: name for name in (n.removesuffix(".base_layer") for n in linear if ".lora_" not in n)}
+        return linear_names(self.denoisers[expert])
 
     def text_fingerprint(self) -> str:
-        return hashlib.sha256(f"opensora:{AESTHETIC_SCORE}:{self._fingerprint}".encode()).hexdigest()[:16]
+        return short_hash("opensora", AESTHETIC_SCORE, self._fingerprint)
 
     @torch.no_grad()
     def encode_text(self, prompts: Sequence[str]) -> list[Tensor]:
@@ -123,7 +119,7 @@ class OpenSoraModel:
         A prompt that names no aesthetic score asks for 6.5, as the publisher's do.
         """
         if self.text_encoder is None:
-            raise RuntimeError(f"{self.spec.name} was loaded without its text encoder; load it with text=True")
+            raise no_text_encoder(self.spec)
         parameter = next(self.text_encoder.parameters())
         embeddings = []
         for prompt in prompts:  # one by one: a prompt's embedding must not depend on its neighbours
@@ -151,8 +147,7 @@ class OpenSoraModel:
         """
         if start_image is not None or end_image is not None:
             raise ValueError(f"{self.spec.name} is used as a text-to-video model and takes no start or end image")
-        if negative is not None and len(negative) != len(positive):
-            raise ValueError(f"{len(positive)} positive prompts need as many negative ones, got {len(negative)}")
+        check_pairs(positive, negative)
         none = self.transformer.y_embedder.y_embedding
         wanted = [text if len(text) else none for text in positive]
         unwanted = [
@@ -169,8 +164,7 @@ class OpenSoraModel:
         return Conditioning(branch(wanted), None if negative is None else branch(unwanted))
 
     def initial_latents(self, latent_shape: Sequence[int], seeds: Sequence[int]) -> Tensor:
-        noise = [torch.randn(tuple(latent_shape), generator=torch.Generator().manual_seed(seed)) for seed in seeds]
-        return torch.stack(noise).to(self.device)
+        return draw_noise(latent_shape, seeds, self.device)
 
     def sigmas(self, steps: int) -> Tensor:
         return flow_match_sigmas(steps, shift=1.0)
@@ -211,12 +205,7 @@ class OpenSoraModel:
 
     def to(self, device: torch.device | str, *parts: str) -> None:
         modules = {"text": self.text_encoder, "denoiser": self.transformer, "vae": self.vae}
-        unknown = set(parts) - set(modules)
-        if unknown:
-            raise ValueError(f"unknown parts {sorted(unknown)}; allowed are {sorted(modules)}")
-        for part in parts or modules:
-            if modules[part] is not None:
-                modules[part].to(device)
+        move(modules, device, parts)
 
 
 def flow_step(x: Tensor, velocity: Tensor, noise: Tensor, noise_next: Tensor) -> Tensor:

@@ -7,12 +7,12 @@ gradient is taken by computing it again.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
+from .common import check_pairs, draw_noise, freeze, linear_names, move, no_text_encoder, short_hash
 from .pictures import decode_pictures
 from .protocol import Carried, Conditioning, ModelSpec
 from .videocrafter_ddim import Diffusion, ddim_sigmas, ddim_step, scaled_diffusion
@@ -54,9 +54,7 @@ class VideoCrafterModel:
         self.vae, self.text_encoder, self.tokenizer = vae, text_encoder, tokenizer
         self._eta, self._fps, self._fingerprint = eta, conditioning_fps, fingerprint
         self.diffusion = diffusion or scaled_diffusion()
-        for module in (unet, vae, text_encoder):
-            if module is not None:
-                module.eval().requires_grad_(False)
+        freeze(unet, vae, text_encoder)
 
     @property
     def unet(self) -> nn.Module:
@@ -71,18 +69,16 @@ class VideoCrafterModel:
         return self.unet.out[-1].weight.dtype
 
     def lora_names(self, expert: str) -> dict[str, str]:
-        linear = (name for name, module in self.denoisers[expert].named_modules() if isinstance(module, nn.Linear))
-        # In an injected adapter the layer itself is called base_layer, and the adapter's own matrices lora_A, lora_B.
-        return {name: name for name in (n.removesuffix(".base_layer") for n in linear if ".lora_" not in n)}
+        return linear_names(self.denoisers[expert])
 
     def text_fingerprint(self) -> str:
-        return hashlib.sha256(f"videocrafter2:{self._fingerprint}".encode()).hexdigest()[:16]
+        return short_hash("videocrafter2", self._fingerprint)
 
     @torch.no_grad()
     def encode_text(self, prompts: Sequence[str]) -> list[Tensor]:
         """All 77 tokens ``[77, D]`` a prompt: the UNet was trained to look at the padding too."""
         if self.text_encoder is None or self.tokenizer is None:
-            raise RuntimeError(f"{self.spec.name} was loaded without its text encoder; load it with text=True")
+            raise no_text_encoder(self.spec)
         device = next(self.text_encoder.parameters()).device
         return [self.text_encoder(self.tokenizer([p]).to(device)).last_hidden_state[0] for p in prompts]
 
@@ -97,8 +93,7 @@ class VideoCrafterModel:
     ) -> Conditioning:
         if start_image is not None or end_image is not None:
             raise ValueError(f"{self.spec.name} is a text-to-video model and takes no start or end image")
-        if negative is not None and len(negative) != len(positive):
-            raise ValueError(f"{len(positive)} positive prompts need as many negative ones, got {len(negative)}")
+        check_pairs(positive, negative)
         fps = torch.full((len(positive),), self._fps, device=self.device)
 
         def branch(texts: Sequence[Tensor]) -> dict[str, Tensor]:
@@ -107,8 +102,7 @@ class VideoCrafterModel:
         return Conditioning(branch(positive), None if negative is None else branch(negative))
 
     def initial_latents(self, latent_shape: Sequence[int], seeds: Sequence[int]) -> Tensor:
-        noise = [torch.randn(tuple(latent_shape), generator=torch.Generator().manual_seed(seed)) for seed in seeds]
-        return torch.stack(noise).to(self.device)
+        return draw_noise(latent_shape, seeds, self.device)
 
     def sigmas(self, steps: int) -> Tensor:
         """Noise levels of the publisher's timesteps, which are a few more where ``steps`` does not divide 1000.
@@ -143,9 +137,4 @@ class VideoCrafterModel:
 
     def to(self, device: torch.device | str, *parts: str) -> None:
         modules = {"text": self.text_encoder, "denoiser": self.unet, "vae": self.vae}
-        unknown = set(parts) - set(modules)
-        if unknown:
-            raise ValueError(f"unknown parts {sorted(unknown)}; allowed are {sorted(modules)}")
-        for part in parts or modules:
-            if modules[part] is not None:
-                modules[part].to(device)
+        move(modules, device, parts)

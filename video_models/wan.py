@@ -6,18 +6,17 @@ for how their files become diffusers'.
 
 from __future__ import annotations
 
-import hashlib
 import html
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.overrides import TorchFunctionMode
 
+from .common import check_pairs, draw_noise, freeze, linear_names, move, no_text_encoder, short_hash
 from .images import fit_image
+from .precision import float64_throughout
 from .protocol import Carried, Conditioning, ModelSpec
 from .solvers import euler_step, flow_match_sigmas
 from .wan_decoder import decode_frame
@@ -37,24 +36,6 @@ def clean_prompt(prompt: str) -> str:
     else:
         prompt = ftfy.fix_text(prompt)
     return " ".join(html.unescape(html.unescape(prompt)).split())
-
-
-class _KeepFloat64(TorchFunctionMode):
-    """``tensor.float()`` leaves float64 as it is."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is Tensor.float and args[0].dtype == torch.float64:
-            return args[0]
-        return func(*args, **(kwargs or {}))
-
-
-def float64_throughout(dtype: torch.dtype) -> AbstractContextManager:
-    """A context for running a network: in float64, it keeps diffusers' Wan from casting to float32 inside.
-
-    The casts around its norms and upsampling are meant for 16 bits; proofs need float64 throughout. Blocks
-    must not be checkpointed then, for they are recomputed outside of this context.
-    """
-    return _KeepFloat64() if dtype == torch.float64 else nullcontext()
 
 
 def rest(network: nn.Module) -> None:
@@ -106,9 +87,7 @@ class WanModel:
         self.vae, self.text_encoder, self.tokenizer = vae, text_encoder, tokenizer
         self._image_encoder = image_encoder
         self._shift, self._text_tokens, self._fingerprint = shift, text_tokens, fingerprint
-        for module in (*self.denoisers.values(), vae, text_encoder):
-            if module is not None:
-                module.eval().requires_grad_(False)
+        freeze(*self.denoisers.values(), vae, text_encoder)
         mean, std = (torch.tensor(vae.config[key]).view(1, -1, 1, 1, 1) for key in ("latents_mean", "latents_std"))
         self._latents_mean, self._latents_std = mean, std
         self._at_work = spec.experts[0]
@@ -138,18 +117,15 @@ class WanModel:
         return self.transformer
 
     def lora_names(self, expert: str) -> dict[str, str]:
-        linear = (name for name, module in self.denoisers[expert].named_modules() if isinstance(module, nn.Linear))
-        # In an injected adapter the layer itself is called base_layer, and the adapter's own matrices lora_A, lora_B.
-        names = (name.removesuffix(".base_layer") for name in linear if ".lora_" not in name)
-        return {name: original_module_name(name) for name in names}
+        return linear_names(self.denoisers[expert], original_module_name)
 
     def text_fingerprint(self) -> str:
-        return hashlib.sha256(f"wan:{self._fingerprint}".encode()).hexdigest()[:16]
+        return short_hash("wan", self._fingerprint)
 
     @torch.no_grad()
     def encode_text(self, prompts: Sequence[str]) -> list[Tensor]:
         if self.text_encoder is None:
-            raise RuntimeError(f"{self.spec.name} was loaded without its text encoder; load it with text=True")
+            raise no_text_encoder(self.spec)
         device = next(self.text_encoder.parameters()).device
         embeddings = []
         for prompt in prompts:  # one by one: a prompt's embedding must not depend on its neighbours
@@ -174,8 +150,7 @@ class WanModel:
             padded = [F.pad(text, (0, 0, 0, self._text_tokens - text.shape[0])) for text in texts]
             return {"text": torch.stack(padded).to(self.device, self.dtype), **shared}
 
-        if negative is not None and len(negative) != batch:
-            raise ValueError(f"{batch} positive prompts need as many negative ones, got {len(negative)}")
+        check_pairs(positive, negative)
         return Conditioning(branch(positive), None if negative is None else branch(negative))
 
     def _image_conditioning(
@@ -216,8 +191,7 @@ class WanModel:
         return clip_tokens(self._image_encoder, image)
 
     def initial_latents(self, latent_shape: Sequence[int], seeds: Sequence[int]) -> Tensor:
-        noise = [torch.randn(tuple(latent_shape), generator=torch.Generator().manual_seed(seed)) for seed in seeds]
-        return torch.stack(noise).to(self.device)
+        return draw_noise(latent_shape, seeds, self.device)
 
     def sigmas(self, steps: int) -> Tensor:
         return flow_match_sigmas(steps, self._shift)
@@ -288,13 +262,8 @@ class WanModel:
 
     def to(self, device: torch.device | str, *parts: str) -> None:
         modules = {"text": self.text_encoder, "denoiser": self.transformer, "vae": self.vae}
-        unknown = set(parts) - set(modules)
-        if unknown:
-            raise ValueError(f"unknown parts {sorted(unknown)}; allowed are {sorted(modules)}")
-        for part in parts or modules:
-            if part == "denoiser":
-                for network in self.denoisers.values():
-                    if network is not self.transformer:
-                        rest(network)
-            if modules[part] is not None:
-                modules[part].to(device)
+        if not parts or "denoiser" in parts:
+            for network in self.denoisers.values():
+                if network is not self.transformer:
+                    rest(network)
+        move(modules, device, parts)
