@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
@@ -23,29 +24,40 @@ def read_prompts(path: Path | str) -> list[str]:
     Raises:
         PromptFileError: Missing, empty, not UTF-8, or a broken line.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise PromptFileError(f"{path}: there is no such prompt file")
-    try:
-        lines = path.read_bytes().decode("utf-8-sig").splitlines()
-    except UnicodeDecodeError as error:
-        line = path.read_bytes()[: error.start].count(b"\n") + 1
-        raise PromptFileError(f"{path.name} is not UTF-8 text (line {line}); save it again as UTF-8") from None
-    prompts = []
-    for number, line in enumerate(lines, 1):
+    return [row["prompt"] for _, row in read_rows(Path(path))]
+
+
+def read_rows(path: Path) -> list[tuple[int, dict[str, Any]]]:
+    """What :func:`read_prompts` reads, with each prompt its line and whatever else the object says of it."""
+    rows = []
+    for number, line in enumerate(read_text(path).splitlines(), 1):
         if not line.strip():
             continue
+        row = {"prompt": line}
         if path.suffix == ".jsonl":
             try:
-                line = json.loads(line)["prompt"]
+                row = json.loads(line)
+                row["prompt"]
             except (ValueError, KeyError, TypeError):
                 raise PromptFileError(
                     f'{path.name}, line {number}: expected an object such as {{"prompt": "..."}}'
                 ) from None
-        prompts.append(str(line).strip())
-    if not prompts:
+        rows.append((number, row | {"prompt": str(row["prompt"]).strip()}))
+    if not rows:
         raise PromptFileError(f"{path.name} holds no prompt; write one a line")
-    return prompts
+    return rows
+
+
+def read_text(path: Path) -> str:
+    """A text file, with or without a byte order mark. Raises ``PromptFileError``: missing, or not UTF-8."""
+    if not path.is_file():
+        raise PromptFileError(f"{path}: there is no such prompt file")
+    content = path.read_bytes()
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = content[: error.start].count(b"\n") + 1
+        raise PromptFileError(f"{path.name} is not UTF-8 text (line {line}); save it again as UTF-8") from None
 
 
 class EmbeddingStore:
