@@ -22,17 +22,17 @@ class OffsetHook:
 
     def __init__(self, layer: nn.Module, offset: Offset) -> None:
         self.strength, self._offset, self._running = 0.0, offset, False
-        self._handle = layer.register_forward_hook(self._add)
+        self._handle = layer.register_forward_hook(self._add, with_kwargs=True)
 
     def remove(self) -> None:
         self._handle.remove()
 
-    def _add(self, layer: nn.Module, inputs: tuple, output: Tensor) -> Tensor | None:
+    def _add(self, layer: nn.Module, inputs: tuple, named: dict, output: Tensor) -> Tensor | None:
         if not self.strength or self._running:  # the call below comes here again
             return None
         weight, bias = self._offset.weight, self._offset.bias
         if isinstance(layer, nn.Linear):  # its own weight may be stored in a type that knows no arithmetic
-            x = inputs[0].float()
+            x = (inputs[0] if inputs else named["input"]).float()
             weight, bias = (v if v is None else v.to(x) for v in (weight, bias))
             change = bias if weight is None else F.linear(x, weight, bias)
         else:
@@ -41,7 +41,7 @@ class OffsetHook:
                           for name, value in layer.named_parameters(recurse=False)}  # fmt: skip
             self._running = True
             try:
-                change = functional_call(layer, parameters, inputs)
+                change = functional_call(layer, parameters, inputs, named)
             finally:
                 self._running = False
         return (output + self.strength * change).to(output.dtype)

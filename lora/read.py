@@ -66,17 +66,10 @@ def read_lora(path: Path | str, alpha: float | None = None) -> LoraFile:
             offsets[name] = Offset(found.get("diff"), found.get("diff_b"))
         elif name not in modules:
             other.append(f"{name}.alpha")
-    notes = [
-        *given.notes,
-        *(
-            [
-                f"left out, for they are no weights of a LoRA: {other[0]}{f', and {len(other) - 1} more' * (len(other) > 1)}"
-            ]
-            if other
-            else ()
-        ),
-    ]
-    return LoraFile(path, modules, metadata, tuple(other), offsets, tuple(notes))
+    if other:
+        more = f" and {len(other) - 1} more" if len(other) > 1 else ""
+        given.notes.append(f"left out, for they are no weights of a LoRA: {other[0]}{more}")
+    return LoraFile(path, modules, metadata, tuple(other), offsets, tuple(given.notes))
 
 
 def _checked(path: Path, key: str, tensor: Tensor) -> Tensor:

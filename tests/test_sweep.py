@@ -201,4 +201,4 @@ def test_on_the_built_in_model_the_recommendation_is_within_two_points_of_the_be
     accuracy = {p.strength: 100 * sum(p.scores["oracle"]) / len(prompts) for p in points}
     assert accuracy[sweep.best.strength] >= max(accuracy.values()) - 2, (sweep.best.strength, accuracy)
     assert accuracy[sweep.best.strength] > accuracy[0.0] + 10
-    assert sweep.motion_ratio(sweep.best) > 0.9
+    assert sweep.motion_ratio(sweep.best) > 0.75
