@@ -23,6 +23,7 @@ pytestmark = pytest.mark.comfyui
 
 NODES = {
     "RewardLoraLoadVideoModel": "Load Video Model",
+    "RewardLoraLoadVideoModelFiles": "Load Video Model (files)",
     "RewardLoraGenerateVideo": "Generate Video",
     "RewardLoraLoadReward": "Load Reward",
     "RewardLoraCombineRewards": "Combine Rewards",
