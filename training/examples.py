@@ -95,10 +95,9 @@ def _read_table(path: Path) -> list[Example]:
     table.fieldnames = columns
     unknown = sorted(set(columns) - set(COLUMNS))
     if unknown or "prompt" not in columns or not set(columns) - {"prompt"}:
-        wrong = (
-            f"has the unknown column {unknown[0]!r}" if unknown else f"has the columns {', '.join(columns) or 'none'}"
-        )
-        raise PromptFileError(f"{path.name} {wrong}; write video,prompt or image,prompt (known: {', '.join(COLUMNS)})")
+        wrong = f"the unknown column {unknown[0]!r}" if unknown else f"the columns {', '.join(columns) or 'none'}"
+        known = ", ".join(COLUMNS)
+        raise PromptFileError(f"{path.name} has {wrong}; write video,prompt or image,prompt (known: {known})")
     rows = []
     for row in table:
         place = f"{path.name}, line {table.line_num}"
@@ -106,9 +105,7 @@ def _read_table(path: Path) -> list[Example]:
             raise PromptFileError(f'{place}: more than {len(columns)} columns; put a prompt with commas in "quotes"')
         rows.append(_example({name: value.strip() for name, value in row.items()}, path, place))
     if not rows:
-        raise PromptFileError(
-            f"{path.name} holds no rows; write video,prompt in the first line and a clip in each after"
-        )
+        raise PromptFileError(f"{path.name} holds no rows; write video,prompt first, then a clip in each line")
     return rows
 
 
@@ -142,9 +139,7 @@ def _file(path: Path, name: str, place: str) -> Path:
     folder = os.path.abspath(path.parent)
     file = Path(os.path.normpath(os.path.join(folder, name)))
     if not file.is_relative_to(folder):
-        raise PromptFileError(
-            f"{place}: {name} lies outside of {folder}; put it in there and name it by its path within"
-        )
+        raise PromptFileError(f"{place}: {name} lies outside of {folder}; put it there and name it by its path within")
     try:
         next(read_frames(file))
     except ValueError as error:
@@ -173,8 +168,8 @@ def check_examples(examples: Sequence[Example], what: str, spec: ModelSpec, rewa
     lacking = sum(example.reference is None for example in examples)
     if "reference" in reward.needs and lacking:
         raise ValueError(
-            f"the reward {reward.name} needs a reference, which {lacking} of {len(examples)} {what} lack; give a folder "
-            "with clips or pictures and a metadata.csv of video,prompt or image,prompt"
+            f"the reward {reward.name} needs a reference, which {lacking} of {len(examples)} {what} lack; give a "
+            "folder with clips or pictures and a metadata.csv of video,prompt or image,prompt"
         )
 
 
