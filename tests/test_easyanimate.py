@@ -137,7 +137,7 @@ def test_a_video_is_that_of_diffusers_pipeline(models, folders):
     model, folder = models["diffusers"], folders["diffusers"]
     pipeline = EasyAnimatePipeline(
         vae=AutoencoderKLMagvit.from_pretrained(folder / "vae"),
-        text_encoder=Qwen2VLForConditionalGeneration.from_pretrained(folder / "text_encoder", dtype=torch.float32),
+        text_encoder=Qwen2VLForConditionalGeneration.from_pretrained(folder / "text_encoder").float(),
         tokenizer=model._towers[0].tokenizer,
         transformer=EasyAnimateTransformer3DModel.from_pretrained(folder / "transformer"),
         scheduler=Scheduler.from_pretrained(folder / "scheduler"),
@@ -178,7 +178,7 @@ def test_padding_stands_where_the_trained_model_saw_it(models, folders):
     ids = tower.tokenizer(text).input_ids
     padding = 128 - len(ids)
     positions = torch.tensor([*range(len(ids)), *[1] * padding])
-    whole = Qwen2VLForConditionalGeneration.from_pretrained(folders["v51"] / "text_encoder", dtype=torch.float32)
+    whole = Qwen2VLForConditionalGeneration.from_pretrained(folders["v51"] / "text_encoder").float()
     with torch.no_grad():
         states = whole.eval()(
             input_ids=torch.tensor([[*ids, *[tower.tokenizer.pad_token_id] * padding]]),

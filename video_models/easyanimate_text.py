@@ -81,8 +81,9 @@ def build_qwen(config: Mapping[str, Any]) -> nn.Module:
     kind = getattr(transformers, "Qwen2VLTextModel", transformers.Qwen2VLModel)
     whole = transformers.Qwen2VLConfig.from_dict(dict(config))
     module = kind(getattr(whole, "text_config", whole))
-    with torch.device("cpu"):
-        module.rotary_emb = type(module.rotary_emb)(config=module.config)
+    with torch.device("cpu"):  # before transformers 5 the layers have tables too
+        for owner in [part for part in module.modules() if hasattr(part, "rotary_emb")]:
+            owner.rotary_emb = type(owner.rotary_emb)(config=module.config)
     return module
 
 

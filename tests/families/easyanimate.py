@@ -200,7 +200,8 @@ def _write_qwen(folder: Path) -> None:
     config |= {"rope_theta": 1e6, "rope_scaling": {"type": "mrope", "mrope_section": [1, 1, 2]}}
     config |= {"rms_norm_eps": 1e-6, "tie_word_embeddings": False, "max_position_embeddings": 512}
     config |= {"vision_config": {"depth": 1, "embed_dim": 8, "num_heads": 1, "hidden_size": 16}}
-    write_json(folder / "text_encoder" / "config.json", config)
+    config |= {"image_token_id": 151655, "video_token_id": 151656, "vision_start_token_id": 151652}
+    write_json(folder / "text_encoder" / "config.json", config | {"bos_token_id": 256, "eos_token_id": 258})
     shapes = qwen_shapes(dim=16, key_value=8, mlp=24, layers=3, vocabulary=config["vocab_size"])
     write_shards(folder / "text_encoder", "model", fill(shapes, 4))
     tokenizer = folder / "tokenizer"
