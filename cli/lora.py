@@ -40,6 +40,8 @@ class Inspect:
         guess, largest = guess_base(lora), max((m.up.shape[0] for m in lora.modules.values()), default=0)
         print(f"format: {lora.format}\nbase model: {guess.base or 'unknown'} ({guess.reason})")
         print(f"modules: {len(lora.modules)}, the widest {largest}, such as {lora.names[0]}")
+        if lora.path.stem in CATALOG:
+            print(f"published as: {CATALOG[lora.path.stem].summary()}")
         if lora.modules:
             every = lora.modules.values()
             print(f"ranks: {_listed(lora.ranks)}\nalphas: {_listed(m.alpha for m in every)}")

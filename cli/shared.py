@@ -67,9 +67,9 @@ def parse_lora(text: str) -> LoraUse:
     if Path(text).exists():  # also with a colon in its name
         return LoraUse(read_lora(text), 1.0)
     found = LORA_SPELLING.fullmatch(text)
-    if found is None or not Path(found["path"]).exists():
-        return LoraUse(read_lora(text), 1.0)  # says what is missing
-    where = {}
+    if found is None:
+        raise ValueError("--lora takes PATH or PATH:STRENGTH, got nothing")
+    lora, where = read_lora(found["path"]), {}
     for part in filter(None, (found["where"] or "").split(",")):
         window = re.fullmatch(r"([\d.]+)-([\d.]+)", part)
         where |= {"start": float(window[1]), "end": float(window[2])} if window else {"expert": part}
@@ -77,7 +77,7 @@ def parse_lora(text: str) -> LoraUse:
         strength = float(found["strength"] or 1)
     except ValueError:
         raise ValueError(f"--lora takes PATH or PATH:STRENGTH, got {text}") from None
-    return LoraUse(read_lora(found["path"]), check_strength(strength), **where)
+    return LoraUse(lora, check_strength(strength), **where)
 
 
 def find_reward(text: str, path: Path | None, device: str, *, download: bool = False) -> Reward:

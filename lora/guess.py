@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from .catalog import CATALOG
 from .names import bare_names
 from .weights import LoraFile
 
@@ -35,10 +36,13 @@ class Guess:
 
 
 def guess_base(lora: LoraFile) -> Guess:
-    """The base model: what the file says, else what its modules' names and sizes tell."""
+    """The base model: what the file says, else what its name or its modules' names and sizes tell."""
     for key in ("base_model", "modelspec.architecture", "ss_base_model_version"):
         if lora.metadata.get(key):
             return Guess(lora.metadata[key], f"its metadata say so ({key})")
+    published = CATALOG.get(lora.path.stem)
+    if published:
+        return Guess(published.base_model, "its file's name is that of a published LoRA")
     names = plain_names(lora.names)
     family = family_of(names.values())
     if not family:

@@ -184,8 +184,14 @@ def test_a_lora_on_the_command_line_may_say_where_it_acts(tmp_path):
     assert (use.strength, use.expert, use.start, use.end) == (0.7, "low_noise", 0.5, 1.0)
     assert parse_lora(f"{path}@0-0.25").end == 0.25
     assert parse_lora(str(path)).strength == 1.0
-    with pytest.raises(ValueError, match="0 <= start < end <= 1"):
-        parse_lora(f"{path}@0.5-0.2")
+    for text, message in (
+        (f"{path}@0.5-0.2", "0 <= start < end <= 1"),
+        ("none.safetensors:0.5", "none.safetensors is missing"),
+        (f"{path}:strong", "takes PATH or PATH:STRENGTH"),
+        ("", "got nothing"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            parse_lora(text)
 
 
 # The catalogue

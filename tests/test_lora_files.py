@@ -150,6 +150,7 @@ def keys_of(*names, width):
          "VideoCrafter2"),
         (("base_model.model.spatial_blocks.0.attn.qkv",), 8, "a", "Open-Sora 1.2"),
         (("something.else",), 8, "a", ""),
+        (("something.else",), 8, "EasyAnimateV5-7b-zh-InP-MPS", "alibaba-pai/EasyAnimateV5-7b-zh-InP"),
     ],
 )  # fmt: skip
 def test_the_base_is_guessed_with_a_reason(tmp_path, names, width, file, expected):
