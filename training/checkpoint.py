@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import logging
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -27,12 +28,14 @@ class Progress:
         skipped: Steps skipped in all.
         skipped_in_a_row: Steps skipped since the last good one.
         memory: The memory plan in force, which a step that ran out of memory may have made smaller; empty at first.
+        guards: The state of the guards, see :class:`.guards.Guards`.
     """
 
     step: int = 0
     skipped: int = 0
     skipped_in_a_row: int = 0
     memory: str = ""
+    guards: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from typing import Any, Literal, get_args
 
 from ..files import canonical_json
 from ..video_models.protocol import ModelSpec
+from .guards import PRESETS, Preset
 from .judge import FrameChoice, Objective, View
 from .memory import MemoryChoice
 from .schedule import BackpropSchedule
@@ -27,6 +28,10 @@ FREE_TO_CHANGE = (
     "max_skipped",
     "save_dtype",
     "memory",
+    "guards",
+    "keep_best",
+    "patience",
+    "motion_floor",
 )
 """Fields that may differ when a run is resumed: they do not touch the steps already made."""
 
@@ -65,6 +70,20 @@ class TrainConfig:
         judged_choice: Which frames these are: even spreads them, first and last included; random draws them anew
             at every step.
         objective: From rewards to a loss.
+        guards: Against a reward that rises while the videos get worse. standard watches the evaluations (keep_best,
+            patience) and changes no step; careful also keeps motion and shows the judge several views, for about
+            twice the time; off only reports. The next six settings and anchor are the preset's unless given.
+        keep_best: Save the LoRA of the best evaluation as NAME_best: the highest held-out score (without held-out
+            rewards, the highest trained reward) among those whose motion and sharpness are sound.
+        patience: The run stops after this many bad evaluations in a row: motion or sharpness is not sound, or the
+            held-out score is lower than at the best step although the trained reward is higher; 0 never stops.
+        motion_floor: Motion below this share of the base model's, on the same prompts and seeds, is not sound.
+        motion_guard: Weight of a penalty on every sample that moves less than motion_floor says: between the judged
+            frames, or between latents when one frame is judged. 0 is off; one more rollout a step.
+        augment: How many random views of the judged frames (crop, rotation, colours, noise, missing patches) the
+            judge's gradient is averaged over; 0 shows it the frames themselves.
+        anchor_target: Distance at which the anchor holds the LoRA, by changing its weight from step to step; 0 leaves
+            the weight alone.
         anchor: Weight of the mean squared distance, at the trained steps, between the prompt branch's predictions
             with and without the LoRA: keeps the LoRA near the base model. 0 is off; one more forward pass a step.
         anchor_by_sigma: Divide that distance by twice the squared noise level, as ROLL does.
@@ -110,7 +129,14 @@ class TrainConfig:
     judged_frames: int = 0
     judged_choice: FrameChoice = "even"
     objective: Objective = field(default_factory=Objective)
-    anchor: float = 0.0
+    guards: Preset = "standard"
+    keep_best: bool | None = None
+    patience: int | None = None
+    motion_floor: float | None = None
+    motion_guard: float | None = None
+    augment: int | None = None
+    anchor_target: float | None = None
+    anchor: float | None = None
     anchor_by_sigma: bool = False
     memory: MemoryChoice = "auto"
     seed: int = 42
@@ -125,12 +151,16 @@ class TrainConfig:
         at_least = {
             1: ("steps", "batch_size", "accumulation", "rank", "save_every", "keep_checkpoints", "max_skipped"),
             0: ("warmup_steps", "width", "height", "frames", "sampler_steps", "guidance_scale", "weight_decay")
-            + ("anchor", "judged_latents", "judged_frames", "seed", "sample_every", "sample_count"),
+            + ("anchor", "judged_latents", "judged_frames", "seed", "sample_every", "sample_count")
+            + ("patience", "motion_floor", "motion_guard", "augment", "anchor_target"),
         }
         for low, names in at_least.items():
             for name in names:
-                if not getattr(self, name) >= low:
-                    raise ValueError(f"{name} must be at least {low}, got {getattr(self, name)}")
+                value = getattr(self, name)
+                if value is not None and not value >= low:
+                    raise ValueError(f"{name} must be at least {low}, got {value}")
+        if self.motion_floor is not None and self.motion_floor > 1:
+            raise ValueError(f"motion_floor must lie in 0..1, got {self.motion_floor}")
         for name in ("learning_rate", "epsilon", "max_grad_norm", "network_alpha"):
             value = getattr(self, name)
             if not (value > 0 and math.isfinite(value)):
@@ -143,13 +173,14 @@ class TrainConfig:
             "save_dtype": SaveType,
             "judged_choice": FrameChoice,
             "memory": MemoryChoice,
+            "guards": Preset,
         }
         for name, kind in choices.items():
             if getattr(self, name) not in get_args(kind):
                 raise ValueError(f"{name} must be one of {', '.join(get_args(kind))}, got {getattr(self, name)!r}")
 
     def for_model(self, spec: ModelSpec) -> TrainConfig:
-        """The same settings with every "model's default" filled in, checked against the model.
+        """The same settings with every default of the model and of the guards' preset filled in, checked.
 
         Raises:
             ValueError: A size, frame count or backprop step the model or its solver does not have.
@@ -163,6 +194,7 @@ class TrainConfig:
             frames=self.frames or spec.frames,
             sampler_steps=self.sampler_steps or spec.steps,
             guidance_scale=self.guidance_scale or spec.guidance_scale,
+            **{name: value for name, value in PRESETS[self.guards].items() if getattr(self, name) is None},
         )
         unknown = sorted(set(filled.experts) - set(spec.experts))
         if unknown:
@@ -179,7 +211,11 @@ class TrainConfig:
     def view_at(self, draw: int, save_memory: bool) -> View:
         """What the reward sees at a draw of a batch, counted from 0."""
         seed = seed_for("frames", self.seed, draw)
-        return View(self.judged_latents, self.judged_frames, self.judged_choice, save_memory, seed)
+        return View(self.judged_latents, self.judged_frames, self.judged_choice, save_memory, seed, self.augment or 0)
+
+    def evaluates_after(self, step: int) -> bool:
+        """Whether an evaluation follows so many steps."""
+        return bool(self.sample_every) and (step % self.sample_every == 0 or step == self.steps)
 
     def lr_at(self, step: int) -> float:
         """Learning rate of a step, counted from 0."""
@@ -207,6 +243,8 @@ class TrainConfig:
         decisive = {key: value for key, value in self.to_dict().items() if key not in FREE_TO_CHANGE}
         if self.lr_schedule != "constant":
             decisive["steps"] = self.steps
+        if self.motion_guard:
+            decisive["motion_floor"] = self.motion_floor
         return decisive
 
     def fingerprint(self) -> str:
@@ -226,7 +264,7 @@ def _build(cls: type, data: dict[str, Any]) -> Any:
             value = _build(nested[name], value)
         elif isinstance(value, list):
             value = tuple(value)
-        elif isinstance(value, (str, int)) and known[name].type == "float":
+        elif isinstance(value, (str, int)) and known[name].type in ("float", "float | None"):
             value = float(value)  # YAML reads 1e-5 as text, and 8 must give the fingerprint of 8.0
         values[name] = value
     return cls(**values)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
+from typing import Any
 
 from torch import Tensor
 
@@ -22,12 +23,21 @@ class Evaluation:
         rewards: One a prompt.
         prompts: The prompts.
         frames: ``[N, 3, T, H, W]`` in 0..1 on the CPU.
+        heldout: What rewards say that are not trained on: name to one score a prompt.
+        findings: What the guards say, for the log; empty outside of a run.
     """
 
     reward: float
     rewards: tuple[float, ...]
     prompts: tuple[str, ...]
     frames: Tensor = field(repr=False)
+    heldout: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
+    findings: Mapping[str, Any] = field(default_factory=dict)
+
+    def record(self) -> dict:
+        """For the log: plain numbers."""
+        scores = {"rewards": self.rewards, "heldout": dict(self.heldout)}
+        return {"evaluation": _or_none(self.reward), "guards": {**scores, **self.findings}}
 
 
 @dataclass(frozen=True)
@@ -45,8 +55,12 @@ class StepEvent:
         memory: Peak bytes on the GPU, or resident bytes of the process on a CPU.
         skipped: Why the step changed nothing, or empty.
         drift: With an anchor, the mean squared distance to the base model's predictions at the trained steps.
+        anchor: The anchor's weight at this step.
         terms: Of a mixture of rewards, what each said on average.
+        motion: With a motion guard, the batch's motion relative to the base model's.
+        conflicts: Of a mixture, before an evaluation: cosines between the terms' gradients at the judged frames.
         evaluation: On evaluation steps.
+        stop: Why the guards end the run with this step; empty if they do not.
     """
 
     step: int
@@ -59,16 +73,22 @@ class StepEvent:
     memory: int
     skipped: str = ""
     drift: float = 0.0
+    anchor: float = 0.0
     terms: Mapping[str, float] = field(default_factory=dict)
+    motion: float = math.nan
+    conflicts: Mapping[str, float] = field(default_factory=dict)
     evaluation: Evaluation | None = None
+    stop: str = ""
 
     def record(self) -> dict:
         """For the log: plain numbers, NaN as null."""
-        data = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("evaluation", "terms")}
-        if self.terms:
-            data["terms"] = {name: _or_none(value) for name, value in self.terms.items()}
+        mappings = ("terms", "conflicts")
+        data = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("evaluation", *mappings)}
+        for name in mappings:
+            if getattr(self, name):
+                data[name] = {key: _or_none(value) for key, value in getattr(self, name).items()}
         if self.evaluation:
-            data["evaluation"] = self.evaluation.reward
+            data |= self.evaluation.record()
         return {key: _or_none(value) for key, value in data.items()}
 
 

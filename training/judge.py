@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -11,8 +12,11 @@ import torch
 from torch import Tensor
 
 from ..reward_models.protocol import Reward
+from .augment import augmented
 from .decoding import Decoder
 from .gradient import Walk
+from .guards import MotionGuard
+from .seeds import seed_for
 
 FrameChoice = Literal["even", "random"]
 
@@ -51,12 +55,14 @@ class Judgement:
         loss: Mean over the batch.
         gradient: ``d loss / d x_final``, shaped like the latents.
         frames: ``[B, 3, T, H, W]`` that were judged.
+        motion: Relative to the base model's, if a guard looked.
     """
 
     rewards: Tensor
     loss: float
     gradient: Tensor = field(repr=False)
     frames: Tensor = field(repr=False)
+    motion: float = math.nan
 
     @property
     def finite(self) -> bool:
@@ -74,7 +80,9 @@ class View:
         choice: ``even``: spread evenly, first and last included; ``random``: drawn anew at every step, so that
             all frames are seen in time.
         save_memory: Checkpoint the blocks of the VAE's decoder while the gradient is taken.
-        seed: Of ``random``.
+        seed: Of all chance in it.
+        augment: How many random views of these frames (:mod:`.augment`) the reward is averaged over; 0 is the frames
+            themselves.
     """
 
     latents: int = 1
@@ -82,6 +90,12 @@ class View:
     choice: FrameChoice = "even"
     save_memory: bool = False
     seed: int = 0
+    augment: int = 0
+
+    @property
+    def several(self) -> bool:
+        """Whether it holds more than one frame, of a video that has them, so that motion can be seen in it."""
+        return self.latents != 1 and self.frames != 1
 
     def pick(self, total: int) -> list[int]:
         """Indices of the frames to see, ascending, of ``total`` decoded ones."""
@@ -92,8 +106,23 @@ class View:
         return torch.linspace(0, total - 1, self.frames).long().tolist()
 
 
+@torch.no_grad()
+def seen_frames(walk: Walk, latents: Tensor, view: View) -> Tensor:
+    """What a view shows of final latents, ``[B, 3, T, H, W]``, without gradient."""
+    part = latents[:, :, : view.latents] if view.latents else latents
+    clips, _ = Decoder(walk.model, walk.tick).forward(part)
+    frames = torch.cat(clips, dim=2)
+    return frames[:, :, view.pick(frames.shape[2])]
+
+
 def judge(
-    walk: Walk, latents: Tensor, reward: Reward, prompts: Sequence[str], objective: Objective, view: View | None = None
+    walk: Walk,
+    latents: Tensor,
+    reward: Reward,
+    prompts: Sequence[str],
+    objective: Objective,
+    view: View | None = None,
+    guard: MotionGuard | None = None,
 ) -> Judgement:
     """Decode, score, and take the gradient back to the latents.
 
@@ -107,6 +136,7 @@ def judge(
         prompts: One a sample.
         objective: From rewards to a loss.
         view: What the reward sees; the frames of the first latent if not given.
+        guard: A further loss on the motion of the frames, if the view holds several, or of the latents.
 
     Raises:
         ValueError: The reward passes no gradient to the frames.
@@ -120,7 +150,7 @@ def judge(
         with torch.enable_grad():
             frames = decoder.with_graph(part)
             seen = frames[:, :, view.pick(frames.shape[2])]
-            rewards, loss = _score(walk, seen, reward, prompts, objective)
+            rewards, loss = _score(walk, seen, reward, prompts, objective, view, guard)
             (found,) = torch.autograd.grad(loss, part)
     else:
         clips, given = decoder.forward(part)
@@ -128,22 +158,39 @@ def judge(
         shown = view.pick(sum(lengths))
         seen = torch.cat(clips, dim=2)[:, :, shown].requires_grad_()
         with torch.enable_grad():
-            rewards, loss = _score(walk, seen, reward, prompts, objective)
+            rewards, loss = _score(walk, seen, reward, prompts, objective, view, guard)
             (at_seen,) = torch.autograd.grad(loss, seen)
         at_frames = at_seen.new_zeros(*seen.shape[:2], sum(lengths), *seen.shape[3:])
         at_frames[:, :, shown] = at_seen
         found = decoder.backward(part, given, at_frames.split(lengths, dim=2))
     gradient = torch.zeros_like(latents)
     gradient[:, :, : part.shape[2]] = found
-    return Judgement(rewards.detach(), float(loss.detach()), gradient, seen.detach())
+    total, motion = float(loss.detach()), math.nan
+    if guard is not None:
+        motion = float(guard.ratio(seen.detach() if view.several else latents).mean())
+        if not view.several:
+            moving = latents.detach().requires_grad_()
+            with torch.enable_grad():
+                penalty = guard(moving)
+                gradient += torch.autograd.grad(penalty, moving)[0]
+            total += float(penalty.detach())
+    return Judgement(rewards.detach(), total, gradient, seen.detach(), motion)
 
 
 def _score(
-    walk: Walk, frames: Tensor, reward: Reward, prompts: Sequence[str], objective: Objective
+    walk: Walk,
+    frames: Tensor,
+    reward: Reward,
+    prompts: Sequence[str],
+    objective: Objective,
+    view: View,
+    guard: MotionGuard | None,
 ) -> tuple[Tensor, Tensor]:
-    """Rewards ``[B]`` and their mean loss."""
+    """Rewards ``[B]``, the mean over the view's augmentations, and the loss."""
     walk.tick("reward")
-    rewards = reward.score(frames, prompts)
+    shown = [augmented(frames, seed_for("augment", view.seed, n)) for n in range(view.augment)] or [frames]
+    rewards = torch.stack([reward.score(clips, prompts) for clips in shown]).mean(0)
     if not rewards.requires_grad:
         raise ValueError(f"the reward {reward.name} passes no gradient to the frames, so it can score but not train")
-    return rewards, objective(rewards).mean()
+    loss = objective(rewards).mean()
+    return rewards, loss + guard(frames) if guard is not None and view.several else loss

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
@@ -14,6 +15,11 @@ from ..files import write_atomically
 
 VISIBLE = 256
 """Smaller frames are enlarged to about this many pixels, each pixel a square block, in files made for the eye."""
+
+
+PREVIEW_SIZE = 192
+"""Pixels along the longer side of a preview."""
+PREVIEW_FRAMES = 24
 
 
 def to_uint8(frames: Tensor) -> np.ndarray:
@@ -40,6 +46,25 @@ def write_video(path: Path | str, frames: Tensor, fps: int) -> Path:
             container.mux(stream.encode())
 
     return write_atomically(path, encode)
+
+
+def write_preview(path: Path | str, frames: Tensor, fps: int) -> Path:
+    """Write ``[3, T, H, W]`` in 0..1 as a small animated WebP that plays for ever, for reports."""
+    from PIL import Image
+
+    array = to_uint8(frames)
+    every = -(-len(array) // PREVIEW_FRAMES)
+    images = [Image.fromarray(image) for image in array[::every]]
+    for image in images:
+        image.thumbnail((PREVIEW_SIZE, PREVIEW_SIZE))
+    first, *others = images
+    timing = {"duration": round(1000 * every / fps), "loop": 0}
+    return write_atomically(
+        path,
+        lambda target: first.save(
+            target, format="WEBP", save_all=True, append_images=others, quality=75, method=2, **timing
+        ),
+    )
 
 
 def read_video(path: Path | str, max_frames: int = 0) -> Tensor:
@@ -110,34 +135,74 @@ def _wrap(text: str, width: int) -> str:
     return "\n".join(textwrap.wrap(text, width))
 
 
+@dataclass(frozen=True)
+class Curve:
+    """Values over the steps.
+
+    Attributes:
+        label: In the legend.
+        points: (step, value) or (step, value, low, high): with an interval that is drawn as a band.
+    """
+
+    label: str
+    points: Sequence[tuple[float, ...]]
+
+
 def reward_curve(
-    batches: Sequence[tuple[int, float]], evaluations: Sequence[tuple[int, float]], name: str
+    batches: Sequence[tuple[int, float]],
+    evaluations: Sequence[tuple[float, ...]],
+    name: str,
+    heldout: Sequence[Curve] = (),
+    guarded: Sequence[Curve] = (),
+    best: int | None = None,
 ) -> np.ndarray:
-    """The reward over the steps as a picture.
+    """The reward over the steps, above what the guards watch, as a picture.
 
     Args:
         batches: (step, mean reward of the training batch): noisy, drawn faintly.
-        evaluations: (step, mean reward on fixed prompts and seeds): the honest curve.
+        evaluations: (step, mean reward on fixed prompts and seeds), with an interval or not: the honest curve.
         name: Of the reward.
+        heldout: Rewards that are not trained on, one panel together.
+        guarded: Ratios to the base model, one panel together.
+        best: The best step, marked in every panel.
 
     Returns:
         ``[H, W, 3]`` uint8.
     """
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(7, 4), dpi=110)
-    axes = figure.subplots()
+    lower = [
+        (curves, label) for curves, label in ((heldout, "held-out gain\n(deviations)"), (guarded, "/ base")) if curves
+    ]
+    heights = [2.2, *[1] * len(lower)]
+    figure = Figure(figsize=(7, 4 + 1.6 * len(lower)), dpi=110)
+    panels = figure.subplots(len(heights), 1, sharex=True, squeeze=False, height_ratios=heights)[:, 0]
     if batches:
-        axes.plot(*zip(*batches, strict=True), color="tab:gray", alpha=0.45, linewidth=1, label="training batches")
+        panels[0].plot(*zip(*batches, strict=True), color="tab:gray", alpha=0.45, linewidth=1, label="training batches")
     if evaluations:
-        axes.plot(*zip(*evaluations, strict=True), color="tab:blue", marker="o", label="fixed prompts and seeds")
-    axes.set_xlabel("step")
-    axes.set_ylabel(name)
-    axes.grid(alpha=0.25)
-    if batches or evaluations:
-        axes.legend(loc="best", fontsize=8)
+        _draw(panels[0], Curve("fixed prompts and seeds", evaluations), "tab:blue")
+    panels[0].set_ylabel(name)
+    for axes, (curves, label), level in zip(panels[1:], lower, (0, 1) if heldout else (1,), strict=False):
+        for index, curve in enumerate(curves):
+            _draw(axes, curve, f"C{index + 1}")
+        axes.axhline(level, color="black", linewidth=0.8)
+        axes.set_ylabel(label)
+    for axes in panels:
+        if best is not None:
+            axes.axvline(best, color="tab:green", linestyle=":", label="best step")
+        axes.grid(alpha=0.25)
+        if axes.get_legend_handles_labels()[0]:
+            axes.legend(loc="best", fontsize=8)
+    panels[-1].set_xlabel("step")
     figure.tight_layout()
     return figure_pixels(figure)
+
+
+def _draw(axes, curve: Curve, color: str) -> None:
+    steps, values, *interval = zip(*curve.points, strict=True)
+    axes.plot(steps, values, color=color, marker="o", markersize=4, label=curve.label)
+    if interval:
+        axes.fill_between(steps, *interval, color=color, alpha=0.15, linewidth=0)
 
 
 def figure_pixels(figure) -> np.ndarray:

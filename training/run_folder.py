@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,15 +11,21 @@ import numpy as np
 from torch import Tensor
 
 from ..files import write_text
-from .events import StepEvent
-from .media import reward_curve, write_png, write_video
+from .events import Evaluation, StepEvent
+from .media import Curve, reward_curve, write_png, write_preview, write_video
+from .report import PREVIEWS, RunLog, page
 
 SHOWN = 6
 """How many clips of an evaluation are written as videos and shown; all of them are scored."""
 
 
+def best_path(path: Path) -> Path:
+    """Where the best evaluation's LoRA goes, beside the newest one."""
+    return path.with_stem(f"{path.stem}_best")
+
+
 class RunFolder:
-    """Files of one run: ``log.jsonl``, ``config.json``, ``reward.png``, ``samples/*.mp4`` and the LoRAs.
+    """Files of one run: ``log.jsonl``, ``config.json``, ``reward.png``, ``report.html``, ``samples`` and the LoRAs.
 
     Args:
         path: The folder; its name is the run's.
@@ -29,21 +36,30 @@ class RunFolder:
         self.path = Path(path).resolve()
         self._reward = reward
         self._log: list[dict[str, Any]] = []
+        self._config: dict[str, Any] = {}
+        self._prompts: list[str] = []
 
     def lora_path(self, expert: str, experts: tuple[str, ...]) -> Path:
         """Where the LoRA of an expert goes: by the run's name, and by the expert's if the model has several."""
         return self.path / (f"{self.path.name}_{expert}.safetensors" if len(experts) > 1 else
                             f"{self.path.name}.safetensors")  # fmt: skip
 
-    def open(self, step: int, config: dict[str, Any]) -> None:
-        """Keep what an earlier run logged up to the checkpoint at ``step``; steps after it will be made again."""
+    def open(self, step: int, config: dict[str, Any], prompts: Sequence[str]) -> None:
+        """Keep what an earlier run logged up to the checkpoint at ``step``; steps after it will be made again.
+
+        Args:
+            step: Of the checkpoint; 0 begins anew.
+            config: The settings.
+            prompts: Of the evaluations.
+        """
+        self._config, self._prompts = config, list(prompts)
         self.path.mkdir(parents=True, exist_ok=True)
         for partial in self.path.rglob(".*.partial"):  # half-written when an earlier run was killed
             partial.unlink()
         log = self.path / "log.jsonl"
         lines = log.read_text(encoding="utf-8").splitlines() if log.exists() and step else []
         self._log = [record for record in map(_json_or_none, lines) if record and record["step"] <= step]
-        write_text(log, "".join(json.dumps(record) + "\n" for record in self._log))
+        self._write_log()
         write_text(self.path / "config.json", json.dumps(config, indent=2) + "\n")
 
     def add(self, event: StepEvent) -> StepEvent:
@@ -52,22 +68,39 @@ class RunFolder:
         with (self.path / "log.jsonl").open("a", encoding="utf-8") as file:
             file.write(json.dumps(self._log[-1]) + "\n")
         if event.evaluation:
-            self.draw_curve()
+            self.draw()
         return event
 
+    def amend(self, evaluation: Evaluation) -> None:
+        """Add to the last step the evaluation that it is still without."""
+        if self._log:
+            self._log[-1] |= evaluation.record()
+            self._write_log()
+        self.draw()
+
+    def _write_log(self) -> None:
+        write_text(self.path / "log.jsonl", "".join(json.dumps(record) + "\n" for record in self._log))
+
     def write_samples(self, step: int, frames: Tensor, fps: int) -> None:
-        """The first :data:`SHOWN` clips of ``[N, 3, T, H, W]`` as videos."""
+        """The first :data:`SHOWN` clips of ``[N, 3, T, H, W]`` as videos, and previews of some for the report."""
         for index, clip in enumerate(frames[:SHOWN]):
-            write_video(self.path / "samples" / f"{index:02d}-step-{step:06d}.mp4", clip, fps)
+            path = write_video(self.path / "samples" / f"{index:02d}-step-{step:06d}.mp4", clip, fps)
+            if index < PREVIEWS:
+                write_preview(path.with_suffix(".webp"), clip, fps)
 
     def curve(self) -> np.ndarray:
         """The reward curve so far as ``[H, W, 3]`` uint8."""
         batches = [(r["step"], r["reward"]) for r in self._log if r["reward"] is not None]
-        evaluations = [(r["step"], r["evaluation"]) for r in self._log if r.get("evaluation") is not None]
-        return reward_curve(batches, evaluations, self._reward)
+        log = RunLog.of(self._log)
+        heldout = [Curve(name, log.gains(name, deviations=True)) for name in log.heldout]
+        guarded = [Curve(what, log.ratios(what)) for what in ("motion", "sharpness")] if log.evaluations else []
+        return reward_curve(batches, log.rewards(), self._reward, heldout, guarded, log.best)
 
-    def draw_curve(self) -> None:
-        write_png(self.path / "reward.png", self.curve())
+    def draw(self) -> None:
+        """The curve and the report, as of now."""
+        picture = write_png(self.path / "reward.png", self.curve())
+        text = page(self.path.name, self._reward, self._log, self._config, self._prompts, picture)
+        write_text(self.path / "report.html", text)
 
 
 def _json_or_none(line: str) -> dict[str, Any] | None:

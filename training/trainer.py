@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -21,10 +21,11 @@ from .config import TrainConfig
 from .distributed import Group
 from .events import Evaluation, StepEvent, TrainingStopped
 from .gradient import silent
+from .guards import Guards, Reading
 from .interrupts import interrupt_later
-from .learner import Learner
+from .learner import Learner, Part
 from .memory import plan_for
-from .run_folder import RunFolder
+from .run_folder import RunFolder, best_path
 from .seeds import draw_prompts, seed_for
 
 
@@ -37,8 +38,8 @@ class Trainer:
     resumes, and its steps equal those of a run never interrupted.
 
     Files in ``folder``: ``<folder's name>.safetensors`` (the LoRA; of a model with several networks one each,
-    ``<name>_<expert>.safetensors``), ``checkpoint-*.safetensors``, ``log.jsonl``, ``config.json``,
-    ``reward.png``, ``samples/*.mp4``.
+    ``<name>_<expert>.safetensors``) and ``..._best.safetensors`` (at the best evaluation, see :class:`.guards.Guards`),
+    ``checkpoint-*.safetensors``, ``log.jsonl``, ``config.json``, ``reward.png``, ``report.html``, ``samples/*.mp4``.
 
     Args:
         model: A loaded video model.
@@ -47,6 +48,7 @@ class Trainer:
         config: Settings; "model's default" is filled in here.
         folder: Of this run.
         sample_prompts: To evaluate on; the first of ``prompts`` if none are given.
+        heldout: Rewards that are not trained on: at evaluations they tell the guards what the reward is worth.
         group: The processes that train together; this one alone if not given.
         device: Where to compute: what a phase needs is brought there, and nothing is left there; the model's own
             if not given.
@@ -68,6 +70,7 @@ class Trainer:
         folder: Path | str,
         *,
         sample_prompts: Sequence[str] = (),
+        heldout: Sequence[Reward] = (),
         group: Group | None = None,
         device: torch.device | str | None = None,
         cache: Path | None = None,
@@ -76,8 +79,11 @@ class Trainer:
     ) -> None:
         if not reward.differentiable:
             raise ValueError(f"the reward {reward.name} is not differentiable, so it can score but not train")
-        if "reference" in reward.needs:
-            raise ValueError(f"the reward {reward.name} needs a reference video, which this trainer does not give it")
+        for judge in (reward, *heldout):
+            if "reference" in judge.needs:
+                raise ValueError(f"the reward {judge.name} needs a reference video, which this trainer does not give")
+        if len({judge.name for judge in (reward, *heldout)}) <= len(heldout):
+            raise ValueError(f"held-out rewards must differ from the trained one, {reward.name}, and from each other")
         if not prompts:
             raise ValueError("training needs at least one prompt, got none")
         self.model, self.reward, self.prompts = model, reward, list(prompts)
@@ -86,7 +92,7 @@ class Trainer:
         self.folder = self.files.path
         self.sample_prompts = list(sample_prompts or prompts)[: c.sample_count]
         self.lora_paths = {expert: self.files.lora_path(expert, model.spec.experts) for expert in c.experts}
-        self._group, self._metadata = group or Group(), metadata or {}
+        self._group, self._metadata, self._heldout = group or Group(), metadata or {}, tuple(heldout)
         self._device = _indexed(torch.device(device)) if device is not None else model.device
         self._learner = Learner(model, reward, c, tick, self._device, cache)
         self._sigmas = model.sigmas(c.sampler_steps)
@@ -101,7 +107,7 @@ class Trainer:
 
     def evaluate(self) -> Evaluation:
         """The evaluation prompts on their fixed seeds, sampled and scored with the model as it is now."""
-        return self._learner.evaluate(self.sample_prompts)
+        return self._learner.evaluate(self.sample_prompts, self._heldout)
 
     def __iter__(self) -> Iterator[StepEvent]:
         c, leads = self.config, self._group.leads
@@ -122,10 +128,11 @@ class Trainer:
             progress = load_latest(self.folder, self._identity, parameters, optimizer, self.reward) or Progress()
             if progress.memory and c.memory == "auto":
                 self._learner.adopt(plan_for(progress.memory, self.model))
+            guards = self._guards(progress)
             saved_at = progress.step if list_checkpoints(self.folder) else -1
             self._group.gather(progress.step)  # nobody writes before everybody has read
             if leads:
-                self.files.open(progress.step, c.to_dict())
+                self.files.open(progress.step, c.to_dict(), self.sample_prompts)
 
             def save() -> None:
                 if leads:
@@ -133,12 +140,17 @@ class Trainer:
 
             try:
                 if progress.step == 0:
-                    yield self._logged(self._before())
-                while progress.step < c.steps:
-                    event = self._step(progress, adapters, parameters, optimizer)
-                    if c.sample_every and (progress.step % c.sample_every == 0 or progress.step == c.steps):
+                    yield self._logged(self._before(guards, adapters))
+                elif c.evaluates_after(progress.step) and guards.last < progress.step:  # it was stopped in the middle
+                    missed = self._evaluate(progress.step, guards, adapters)
+                    if missed:
+                        self.files.amend(missed)
+                while progress.step < c.steps and not guards.stopped:
+                    event = self._step(progress, adapters, parameters, optimizer, guards)
+                    if c.evaluates_after(progress.step):
                         try:
-                            event = replace(event, evaluation=self._evaluate(progress.step))
+                            evaluation = self._evaluate(progress.step, guards, adapters)
+                            event = replace(event, evaluation=evaluation, stop=guards.stopped)
                         except BaseException:  # the step is made, whatever became of its evaluation
                             self._logged(event)
                             raise
@@ -157,25 +169,34 @@ class Trainer:
                     save()
                 if leads:
                     for expert, adapter in adapters.items():
-                        self._save_lora(expert, adapter, progress.step)
-                    self.files.draw_curve()
+                        self._save_lora(self.lora_paths[expert], expert, adapter, progress.step)
+                    self.files.draw()
 
     def _step(
-        self, progress: Progress, adapters: dict[str, Adapter], parameters: dict, optimizer: torch.optim.Optimizer
+        self,
+        progress: Progress,
+        adapters: dict[str, Adapter],
+        parameters: dict,
+        optimizer: torch.optim.Optimizer,
+        guards: Guards,
     ) -> StepEvent:
         """One optimiser step; the adapters' parameters change at its very end or not at all."""
         c, started = self.config, time.monotonic()
         if self._device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self._device)
         plan = c.backprop.draw(self._sigmas, seed_for("plan", c.seed, progress.step), self._trainable)
-        parts, trouble = [], ""
+        parts, trouble, conflicts = [], "", {}
+        weight = guards.anchor_weight(c.anchor, c.anchor_target)
         optimizer.zero_grad(set_to_none=True)
         for micro in range(c.accumulation):
             prompts, seeds, draw = self._batch(progress.step * c.accumulation + micro)
-            verdict, drift = self._learner.learn(
-                prompts, seeds, plan, draw, parameters, lambda: _without_lora(adapters.values())
+            report = not micro and c.evaluates_after(progress.step + 1)
+            lesson = self._learner.learn(
+                prompts, seeds, plan, draw, parameters, lambda: _without_lora(adapters.values()), weight, report
             )
-            parts.append((verdict.rewards.cpu(), verdict.loss, drift, getattr(self.reward, "terms", {})))
+            verdict, conflicts = lesson.verdict, lesson.conflicts or conflicts
+            said = getattr(self.reward, "terms", {})
+            parts.append(Part(verdict.rewards.cpu(), verdict.loss, lesson.drift, verdict.motion, said))
             if not verdict.finite:
                 trouble = "the reward or its gradient was not a finite number"
                 break
@@ -188,7 +209,8 @@ class Trainer:
         grad_norm = total_norm(gradients) if gradients and not trouble else math.nan
         if not trouble and not math.isfinite(grad_norm):
             trouble = "the LoRA's gradient was not a finite number"
-        terms = {name: torch.cat([said[name].cpu() for *_, said in parts]) for name in parts[0][3]}
+        terms = {name: torch.cat([part.terms[name].cpu() for part in parts]) for name in parts[0].terms}
+        drift = sum(part.drift for part in parts) / len(parts)
         with interrupt_later():
             if not trouble:
                 for gradient in gradients:
@@ -196,6 +218,7 @@ class Trainer:
                 for group in optimizer.param_groups:
                     group["lr"] = learning_rate
                 optimizer.step()
+                guards.steer_anchor(c.anchor, c.anchor_target, drift)
             if terms and hasattr(self.reward, "observe"):
                 self.reward.observe(terms)
             progress.step += 1
@@ -204,15 +227,18 @@ class Trainer:
         return StepEvent(
             step=progress.step,
             steps=c.steps,
-            reward=float(torch.cat([rewards for rewards, *_ in parts]).mean()),
-            loss=sum(loss for _, loss, _, _ in parts) / len(parts),
+            reward=float(torch.cat([part.rewards for part in parts]).mean()),
+            loss=sum(part.loss for part in parts) / len(parts),
             grad_norm=grad_norm,
             learning_rate=learning_rate,
             seconds=time.monotonic() - started,
             memory=self._memory(),
             skipped=trouble,
-            drift=sum(drift for _, _, drift, _ in parts) / len(parts),
+            drift=drift,
+            anchor=weight,
             terms={name: float(values.mean()) for name, values in terms.items()},
+            motion=sum(part.motion for part in parts) / len(parts),
+            conflicts=conflicts,
         )
 
     def _batch(self, draw: int) -> tuple[list[str], list[int], int]:
@@ -222,19 +248,36 @@ class Trainer:
         mine = range(group.rank * c.batch_size, (group.rank + 1) * c.batch_size)
         return [self.prompts[indices[b]] for b in mine], [seed_for("noise", c.seed, draw, 0, b) for b in mine], draw
 
-    def _before(self) -> StepEvent:
+    def _guards(self, progress: Progress) -> Guards:
+        """The guards as a checkpoint left them; what they learn goes into the next one."""
+        c, judges = self.config, [judge.name for judge in self._heldout]
+        of = [*self.sample_prompts, *judges]
+        guards = Guards(c.patience, c.motion_floor, self.reward.name, of, progress.guards)
+        progress.guards = guards.state
+        return guards
+
+    def _before(self, guards: Guards, adapters: dict[str, Adapter]) -> StepEvent:
         """The state before any step."""
         started, nan = time.monotonic(), math.nan
-        evaluation = self._evaluate(0) if self.config.sample_every else None
+        evaluation = self._evaluate(0, guards, adapters) if self.config.sample_every else None
         seconds = time.monotonic() - started
         return StepEvent(0, self.config.steps, nan, nan, nan, 0.0, seconds, self._memory(), evaluation=evaluation)
 
-    def _evaluate(self, step: int) -> Evaluation | None:
-        """Only the leading process evaluates; the others wait at their next step."""
-        if not self._group.leads:
-            return None
-        evaluation = self.evaluate()
-        self.files.write_samples(step, evaluation.frames, self.model.spec.fps)
+    def _evaluate(self, step: int, guards: Guards, adapters: dict[str, Adapter]) -> Evaluation | None:
+        """Only the leading process evaluates; the others wait for what its guards say."""
+        evaluation = None
+        if self._group.leads:
+            if step and guards.base is None:  # evaluations, or their prompts, are new to this run
+                with _without_lora(adapters.values()):
+                    guards.observe(Reading.of(0, self.evaluate()))
+            evaluation = self.evaluate()
+            self.files.write_samples(step, evaluation.frames, self.model.spec.fps)
+            finding = guards.observe(Reading.of(step, evaluation))
+            evaluation = replace(evaluation, findings=asdict(finding))
+            if finding.best and self.config.keep_best:
+                for expert, adapter in adapters.items():
+                    self._save_lora(best_path(self.lora_paths[expert]), expert, adapter, step)
+        guards.state.update(self._group.gather(guards.state)[0])
         return evaluation
 
     def _logged(self, event: StepEvent) -> StepEvent:
@@ -271,7 +314,7 @@ class Trainer:
 
         return psutil.Process().memory_info().rss
 
-    def _save_lora(self, expert: str, adapter: Adapter, step: int) -> None:
+    def _save_lora(self, path: Path, expert: str, adapter: Adapter, step: int) -> None:
         c = self.config
         several = {"expert": expert} if len(self.model.spec.experts) > 1 else {}
         metadata = {
@@ -287,7 +330,7 @@ class Trainer:
             **self._metadata,
         }
         names = self.model.lora_names(expert)
-        write_lora(self.lora_paths[expert], adapter.weights(), names, metadata, getattr(torch, c.save_dtype))
+        write_lora(path, adapter.weights(), names, metadata, getattr(torch, c.save_dtype))
 
 
 def _indexed(device: torch.device) -> torch.device:
