@@ -64,7 +64,7 @@ def parse_lora(text: str) -> LoraUse:
     That is an expert of the model, a part of the walk from noise to video, or both: ``lora.safetensors:0.7@low_noise``,
     ``lora.safetensors:0.7@0.5-1``, ``lora.safetensors@low_noise,0.5-1``.
     """
-    if Path(text).exists():  # also with a colon in its name
+    if Path(text).is_file():  # also with a colon in its name
         return LoraUse(read_lora(text), 1.0)
     found = LORA_SPELLING.fullmatch(text)
     if found is None:
