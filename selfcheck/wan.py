@@ -34,7 +34,7 @@ def build(transformer: Mapping[str, Tensor], config: Mapping, vae: Mapping[str, 
     network.load_state_dict(wan_keys.convert_transformer(transformer))
     statistics = {key: vae_meta[key] for key in ("latents_mean", "latents_std") if vae_meta.get(key)}
     if vae:
-        decoder = AutoencoderKLWan(**wan_vae_keys.vae_config(vae), **statistics)
+        decoder = AutoencoderKLWan(**wan_vae_keys.vae_config(vae) | statistics)
         decoder.load_state_dict(wan_vae_keys.convert_vae(vae))
     else:
         decoder = AutoencoderKLWan(base_dim=4, z_dim=16, dim_mult=[1, 1], num_res_blocks=1, temperal_downsample=[False])
@@ -69,7 +69,7 @@ def check_vae(fixture: Fixture) -> Iterator[Line]:
 
     weights = fixture.tensors("vae.safetensors")
     statistics = {key: fixture.meta[key] for key in ("latents_mean", "latents_std") if fixture.meta.get(key)}
-    vae = AutoencoderKLWan(**wan_vae_keys.vae_config(weights), **statistics)
+    vae = AutoencoderKLWan(**wan_vae_keys.vae_config(weights) | statistics)
     vae.load_state_dict(wan_vae_keys.convert_vae(weights))
     model = _vae_only(vae)
     yield from parity.check_vae(fixture, lambda latents: model.decode(latents) * 2 - 1, model.encode)

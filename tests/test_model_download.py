@@ -2,42 +2,14 @@
 
 from __future__ import annotations
 
-import functools
-import http.server
-import json
-import threading
-from pathlib import Path
-
 import pytest
 from reward_lora.cli import main
 from reward_lora.tests.families import wan as family
+from reward_lora.tests.mirror import mirror
 from reward_lora.video_models import BASE_MODELS, UNFINISHED, WeightFileError, load_video_model
 
 NAME = "Wan2.1-T2V-1.3B"
 NOT_READ = ("README.md", "assets/logo.png", "model.onnx", "google/umt5-xxl.zip")
-
-
-class Hub(http.server.SimpleHTTPRequestHandler):
-    """Serves a folder as the hub serves a repository."""
-
-    def log_message(self, *arguments):
-        pass
-
-    def do_GET(self):
-        self.server.asked.append(self.path)
-        repository = BASE_MODELS[NAME].repository
-        root = Path(self.directory)
-        if self.path == f"/api/models/{repository}?blobs=true":
-            files = [path for path in root.rglob("*") if path.is_file()]
-            listing = [{"rfilename": p.relative_to(root).as_posix(), "size": p.stat().st_size} for p in files]
-            content = json.dumps({"siblings": listing}).encode()
-            self.send_response(200)
-            self.send_header("Content-Length", str(len(content)))
-            self.end_headers()
-            self.wfile.write(content)
-            return
-        self.path = self.path.removeprefix(f"/{repository}/resolve/main")
-        super().do_GET()
 
 
 @pytest.fixture
@@ -49,13 +21,10 @@ def hub(tmp_path, monkeypatch):
     for name in NOT_READ:
         (folder / name).parent.mkdir(exist_ok=True, parents=True)
         (folder / name).write_text("not read")
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Hub, directory=folder))
-    server.daemon_threads, server.asked = True, []
-    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
-    monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{server.server_port}")
-    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
-    yield server
-    server.shutdown()
+    with mirror(folder, BASE_MODELS[NAME].repository) as server:
+        monkeypatch.setenv("HF_ENDPOINT", server.url)
+        monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+        yield server
 
 
 def test_a_model_is_fetched_by_name_and_only_what_is_read(hub, tmp_path):

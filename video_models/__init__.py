@@ -96,14 +96,13 @@ def _find_folder(wanted: str, search: Sequence[str | Path], download: bool, prog
         return folder
     name = wanted.rstrip("/\\").replace("\\", "/").rpartition("/")[2]
     known = BASE_MODELS.get(name)
-    published = known is not None and wanted in (name, known.repository)
     places = [Path(wanted), *(Path(root) / part for root in search for part in (wanted, name))]
     folder = next((place for place in places if place.is_dir()), None)
-    if folder is not None and not (folder / UNFINISHED).exists():
+    if folder is not None and (known is None or not (folder / UNFINISHED).exists()):
         return folder
     if folder is None and Path(wanted).is_file():
         raise WeightFileError(f"{wanted} is a file; give the folder that holds the whole model")
-    if not published:
+    if known is None or (folder is None and wanted not in (name, known.repository)):
         names = ", ".join((BUILTIN, *BASE_MODELS))
         raise WeightFileError(f"there is no folder {wanted}; give a model's folder or one of {names}")
     target = folder or (Path(search[0]) / name if search else None)

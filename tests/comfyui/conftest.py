@@ -72,10 +72,11 @@ class ComfyUI:
         port: Of the server.
         base: Its base directory, with ``output`` and ``models`` in it.
         log: What it prints.
+        hub: The port at which it looks for the Hugging Face Hub; nobody listens there but a test that wants to.
     """
 
-    def __init__(self, port: int, base: Path, log: Path) -> None:
-        self.url, self.base, self.log = f"http://127.0.0.1:{port}", base, log
+    def __init__(self, port: int, base: Path, log: Path, hub: int) -> None:
+        self.url, self.base, self.log, self.hub = f"http://127.0.0.1:{port}", base, log, hub
         self.output = base / "output"
 
     def ask(self, path: str, data: dict | None = None) -> tuple[int, dict]:
@@ -128,6 +129,12 @@ class ComfyUI:
         return found
 
 
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
 @pytest.fixture(scope="session")
 def comfyui(tmp_path_factory):
     found = find_comfyui()
@@ -144,14 +151,13 @@ def comfyui(tmp_path_factory):
     link_folder(elsewhere / "my_wan", ROOT / "assets" / "tiny_wan")
     paths = base.parent / "extra_model_paths.yaml"
     paths.write_text(f"elsewhere:\n  video_models: {elsewhere.as_posix()}\n", encoding="utf-8")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port, hub = free_port(), free_port()
     log = base.parent / "server.log"
     command = [python, folder / "main.py", "--cpu", "--port", port, "--base-directory", base]
     command += ["--user-directory", base / "user", "--database-url", "sqlite:///:memory:"]
     command += ["--extra-model-paths-config", paths, "--disable-auto-launch", "--preview-method", "none"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1", "PYTHONUTF8": "1"}
+    environment = {**os.environ, "HF_ENDPOINT": f"http://127.0.0.1:{hub}"}  # never the real one
+    environment |= {"OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1", "PYTHONUTF8": "1"}
     for ours in ("PYTHONPATH", "PYTHONSAFEPATH"):  # ComfyUI finds its modules beside main.py
         environment.pop(ours, None)
     with log.open("wb") as sink:
@@ -159,7 +165,7 @@ def comfyui(tmp_path_factory):
             [str(part) for part in command], stdout=sink, stderr=subprocess.STDOUT, env=environment, cwd=folder
         )
     try:
-        server = ComfyUI(port, base, log)
+        server = ComfyUI(port, base, log, hub)
         deadline = time.monotonic() + START_SECONDS
         while True:
             try:

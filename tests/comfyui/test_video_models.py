@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 from reward_lora.tests.families import Case, cases
+from reward_lora.tests.mirror import mirror
 from reward_lora.video_models import BASE_MODELS
 
 from . import graphs
@@ -95,6 +96,19 @@ def test_the_list_is_grouped_and_says_size_and_memory(comfyui, checkpoints):
     assert published == sorted(published)
     assert "Wan2.1-Fun-1.3B-InP (Wan2.1, to download: 19 GB, memory from 12 GB, Apache-2.0)" in about["tooltip"]
     assert re.search(rf"{here[0]} \({FOLDERS[0].family}, \d+\.\d GB\)", about["tooltip"])
+
+
+def test_a_published_model_is_downloaded_on_request(comfyui, tmp_path):
+    name = "Wan2.1-T2V-14B"
+    case = next(case for case in FOLDERS if str(case) == "wan-2.1 original t2v")
+    case.write(tmp_path)
+    (tmp_path / "model.onnx").write_text("not read")
+    load = graphs.node("LoadVideoModel", name=name, dtype="auto", path="", download=True)
+    with mirror(tmp_path, BASE_MODELS[name].repository, comfyui.hub):
+        check(comfyui, case, through_core(case, load))
+    (folder,) = comfyui.base.parent.rglob(name)
+    assert (folder / "config.json").is_file()
+    assert not (folder / "model.onnx").exists()
 
 
 def test_a_published_model_that_is_absent_says_where_it_belongs(comfyui):
