@@ -20,6 +20,7 @@ from .checkpoint import Progress, RunIdentity, list_checkpoints, load_latest, sa
 from .config import TrainConfig
 from .distributed import Group
 from .events import Evaluation, StepEvent, TrainingStopped
+from .examples import Example, as_examples, check_examples
 from .gradient import silent
 from .guards import Guards, Reading
 from .interrupts import interrupt_later
@@ -44,7 +45,7 @@ class Trainer:
     Args:
         model: A loaded video model.
         reward: Judges the frames; must be differentiable.
-        prompts: To train on.
+        prompts: To train on, with or without pictures.
         config: Settings; "model's default" is filled in here.
         folder: Of this run.
         sample_prompts: To evaluate on; the first of ``prompts`` if none are given.
@@ -65,11 +66,11 @@ class Trainer:
         self,
         model: VideoModel,
         reward: Reward,
-        prompts: Sequence[str],
+        prompts: Sequence[str | Example],
         config: TrainConfig,
         folder: Path | str,
         *,
-        sample_prompts: Sequence[str] = (),
+        sample_prompts: Sequence[str | Example] = (),
         heldout: Sequence[Reward] = (),
         group: Group | None = None,
         device: torch.device | str | None = None,
@@ -79,25 +80,25 @@ class Trainer:
     ) -> None:
         if not reward.differentiable:
             raise ValueError(f"the reward {reward.name} is not differentiable, so it can score but not train")
-        for judge in (reward, *heldout):
-            if "reference" in judge.needs:
-                raise ValueError(f"the reward {judge.name} needs a reference video, which this trainer does not give")
         if len({judge.name for judge in (reward, *heldout)}) <= len(heldout):
             raise ValueError(f"held-out rewards must differ from the trained one, {reward.name}, and from each other")
         if not prompts:
             raise ValueError("training needs at least one prompt, got none")
-        self.model, self.reward, self.prompts = model, reward, list(prompts)
+        self.model, self.reward, self.examples = model, reward, as_examples(prompts)
         self.config = c = config.for_model(model.spec)
         self.files = RunFolder(folder, reward.name)
         self.folder = self.files.path
-        self.sample_prompts = list(sample_prompts or prompts)[: c.sample_count]
+        self.samples = as_examples(sample_prompts or prompts)[: c.sample_count]
+        check_examples(self.examples, "training prompts", model.spec, reward)
+        for judge in (reward, *heldout):
+            check_examples(self.samples, "sample prompts", model.spec, judge)
         self.lora_paths = {expert: self.files.lora_path(expert, model.spec.experts) for expert in c.experts}
         self._group, self._metadata, self._heldout = group or Group(), metadata or {}, tuple(heldout)
         self._device = _indexed(torch.device(device)) if device is not None else model.device
         self._learner = Learner(model, reward, c, tick, self._device, cache)
         self._sigmas = model.sigmas(c.sampler_steps)
         self._trainable = self._trainable_steps()
-        prompts_hash = f"{seed_for(*self.prompts):016x}"
+        prompts_hash = f"{seed_for(*(example.identity for example in self.examples)):016x}"
         self._identity = RunIdentity(model.spec.name, reward.name, prompts_hash, c)
 
     @property
@@ -107,15 +108,16 @@ class Trainer:
 
     def evaluate(self) -> Evaluation:
         """The evaluation prompts on their fixed seeds, sampled and scored with the model as it is now."""
-        return self._learner.evaluate(self.sample_prompts, self._heldout)
+        return self._learner.evaluate(self.samples, self._heldout)
 
     def __iter__(self) -> Iterator[StepEvent]:
         c, leads = self.config, self._group.leads
         self.folder.mkdir(parents=True, exist_ok=True)
         with ExitStack() as undo:
             undo.callback(self._learner.rest)
-            self._learner.prepare([*self.prompts, *self.sample_prompts])
+            self._learner.prepare([*self.examples, *self.samples])
             adapters = self._inject(undo)
+            undo.enter_context(self._learner.at_work())
             parameters = {
                 f"{expert}.{key}": parameter
                 for expert, adapter in adapters.items()
@@ -132,7 +134,7 @@ class Trainer:
             saved_at = progress.step if list_checkpoints(self.folder) else -1
             self._group.gather(progress.step)  # nobody writes before everybody has read
             if leads:
-                self.files.open(progress.step, c.to_dict(), self.sample_prompts)
+                self.files.open(progress.step, c.to_dict(), [sample.prompt for sample in self.samples])
 
             def save() -> None:
                 if leads:
@@ -185,21 +187,24 @@ class Trainer:
         if self._device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self._device)
         plan = c.backprop.draw(self._sigmas, seed_for("plan", c.seed, progress.step), self._trainable)
-        parts, trouble, conflicts = [], "", {}
+        parts, trouble, blind, conflicts = [], "", 0, {}
         weight = guards.anchor_weight(c.anchor, c.anchor_target)
         optimizer.zero_grad(set_to_none=True)
         for micro in range(c.accumulation):
-            prompts, seeds, draw = self._batch(progress.step * c.accumulation + micro)
+            examples, seeds, draw = self._batch(progress.step * c.accumulation + micro)
             report = not micro and c.evaluates_after(progress.step + 1)
             lesson = self._learner.learn(
-                prompts, seeds, plan, draw, parameters, lambda: _without_lora(adapters.values()), weight, report
+                examples, seeds, plan, draw, parameters, lambda: _without_lora(adapters.values()), weight, report
             )
             verdict, conflicts = lesson.verdict, lesson.conflicts or conflicts
             said = getattr(self.reward, "terms", {})
             parts.append(Part(verdict.rewards.cpu(), verdict.loss, lesson.drift, verdict.motion, said))
+            blind += verdict.blind
             if not verdict.finite:
                 trouble = "the reward or its gradient was not a finite number"
                 break
+        if not trouble and blind == c.accumulation:
+            trouble = "the reward found nothing to judge, such as no face: its gradient was 0 everywhere"
         progress.memory = self._learner.plan.name
         counted = self._group.average(parameters.values(), not trouble)
         parts = [part for parts_of_one in self._group.gather(parts) for part in parts_of_one]
@@ -241,17 +246,17 @@ class Trainer:
             conflicts=conflicts,
         )
 
-    def _batch(self, draw: int) -> tuple[list[str], list[int], int]:
-        """Prompts and noise seeds of this process's part of a batch: N processes share one N times as large."""
+    def _batch(self, draw: int) -> tuple[list[Example], list[int], int]:
+        """Examples and noise seeds of this process's part of a batch: N processes share one N times as large."""
         c, group = self.config, self._group
-        indices = draw_prompts(len(self.prompts), seed_for(c.seed, 0), draw, c.batch_size * group.size)
+        indices = draw_prompts(len(self.examples), seed_for(c.seed, 0), draw, c.batch_size * group.size)
         mine = range(group.rank * c.batch_size, (group.rank + 1) * c.batch_size)
-        return [self.prompts[indices[b]] for b in mine], [seed_for("noise", c.seed, draw, 0, b) for b in mine], draw
+        return [self.examples[indices[b]] for b in mine], [seed_for("noise", c.seed, draw, 0, b) for b in mine], draw
 
     def _guards(self, progress: Progress) -> Guards:
         """The guards as a checkpoint left them; what they learn goes into the next one."""
         c, judges = self.config, [judge.name for judge in self._heldout]
-        of = [*self.sample_prompts, *judges]
+        of = [*(sample.identity for sample in self.samples), *judges]
         guards = Guards(c.patience, c.motion_floor, self.reward.name, of, progress.guards)
         progress.guards = guards.state
         return guards
@@ -290,6 +295,8 @@ class Trainer:
             network = self.model.denoisers[expert]
             adapter = inject_new(network, c.lora_targets, c.rank, c.network_alpha, seed_for("lora", c.seed))
             undo.callback(adapter.remove)
+            for parameter in adapter.parameters().values():  # an expert that waits on the CPU learns on the device
+                parameter.data = parameter.data.to(self._device)
             adapters[expert] = adapter
         return adapters
 
