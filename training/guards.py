@@ -10,7 +10,7 @@ change what is learned: a penalty on lost motion, an anchor held at a distance, 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
@@ -72,15 +72,26 @@ def sharpness(clips: Tensor) -> Tensor:
     return (around - 4 * inner).square().flatten(1).mean(1)
 
 
-def score_clips(reward: Reward, clips: Tensor, prompts: Sequence[str], device: torch.device) -> tuple[float, ...]:
-    """Clips ``[N, 3, T, H, W]`` scored one by one by a reward that is on the device only for as long."""
+def score_clips(
+    reward: Reward,
+    clips: Tensor,
+    prompts: Sequence[str],
+    device: torch.device,
+    references: Callable[[int], Tensor | None] = lambda index: None,
+) -> tuple[float, ...]:
+    """Clips ``[N, 3, T, H, W]`` scored one by one by a reward that is on the device only for as long.
+
+    ``references`` gives what a clip is compared with, ``[1, 3, T, H, W]``, if the reward needs that.
+    """
     moves = device.type != "cpu" and hasattr(reward, "to")
     if moves:
         reward.to(device)
     try:
         with torch.no_grad():
-            pairs = zip(clips.split(1), prompts, strict=True)
-            return tuple(float(reward.score(clip.to(device), [prompt])) for clip, prompt in pairs)
+            return tuple(
+                float(reward.score(clip.to(device), [prompt], reference=references(index)))
+                for index, (clip, prompt) in enumerate(zip(clips.split(1), prompts, strict=True))
+            )
     finally:
         if moves:
             reward.to("cpu")
@@ -272,14 +283,16 @@ class MotionGuard:
         return self.weight * (self.floor - self.ratio(clips)).relu().mean()
 
 
-def conflicts(reward: Reward, frames: Tensor, prompts: Sequence[str], **reference: Tensor) -> dict[str, float]:
+def conflicts(
+    reward: Reward, frames: Tensor, prompts: Sequence[str], reference: Tensor | None = None
+) -> dict[str, float]:
     """How far the terms of a mixture pull the frames in one direction.
 
     Args:
         reward: A mixture has ``rewards``, ``weights`` and ``labels``; anything else has nothing to report.
         frames: ``[B, 3, T, H, W]`` that were judged.
         prompts: One a sample.
-        reference: Handed on to the terms if given.
+        reference: What they are compared with, if a term needs that.
 
     Returns:
         ``"a, b"`` to the mean over the samples of the cosine between the gradients of both terms, weighted: -1 is
@@ -292,7 +305,7 @@ def conflicts(reward: Reward, frames: Tensor, prompts: Sequence[str], **referenc
     for term, weight in zip(terms, reward.weights, strict=True):
         inner = frames.detach().requires_grad_()
         with torch.enable_grad():
-            total = weight * term.score(inner, prompts, **reference).sum()
+            total = weight * term.score(inner, prompts, reference=reference).sum()
             known = total.requires_grad
             (found,) = torch.autograd.grad(total, inner, allow_unused=True) if known else (None,)
         directions.append(torch.zeros_like(inner).flatten(1) if found is None else found.flatten(1))

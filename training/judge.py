@@ -45,6 +45,10 @@ class Objective:
             loss = gap.relu() if self.hinge else gap.abs()
         return self.loss_scale * loss
 
+    def reached(self, rewards: Tensor) -> bool:
+        """Whether nothing is left to push."""
+        return self.target is not None and self.hinge and bool((rewards >= self.target).all())
+
 
 @dataclass(frozen=True)
 class Judgement:
@@ -56,6 +60,7 @@ class Judgement:
         gradient: ``d loss / d x_final``, shaped like the latents.
         frames: ``[B, 3, T, H, W]`` that were judged.
         motion: Relative to the base model's, if a guard looked.
+        blind: Whether the reward found nothing to judge, such as no face: nowhere a gradient, and no target reached.
     """
 
     rewards: Tensor
@@ -63,6 +68,7 @@ class Judgement:
     gradient: Tensor = field(repr=False)
     frames: Tensor = field(repr=False)
     motion: float = math.nan
+    blind: bool = False
 
     @property
     def finite(self) -> bool:
@@ -123,6 +129,7 @@ def judge(
     objective: Objective,
     view: View | None = None,
     guard: MotionGuard | None = None,
+    reference: Tensor | None = None,
 ) -> Judgement:
     """Decode, score, and take the gradient back to the latents.
 
@@ -137,6 +144,7 @@ def judge(
         objective: From rewards to a loss.
         view: What the reward sees; the frames of the first latent if not given.
         guard: A further loss on the motion of the frames, if the view holds several, or of the latents.
+        reference: ``[B, 3, T, H, W]`` in 0..1, for a reward that needs one.
 
     Raises:
         ValueError: The reward passes no gradient to the frames.
@@ -150,7 +158,7 @@ def judge(
         with torch.enable_grad():
             frames = decoder.with_graph(part)
             seen = frames[:, :, view.pick(frames.shape[2])]
-            rewards, loss = _score(walk, seen, reward, prompts, objective, view, guard)
+            rewards, loss = _score(walk, seen, reward, prompts, objective, view, guard, reference)
             (found,) = torch.autograd.grad(loss, part)
     else:
         clips, given = decoder.forward(part)
@@ -158,13 +166,14 @@ def judge(
         shown = view.pick(sum(lengths))
         seen = torch.cat(clips, dim=2)[:, :, shown].requires_grad_()
         with torch.enable_grad():
-            rewards, loss = _score(walk, seen, reward, prompts, objective, view, guard)
+            rewards, loss = _score(walk, seen, reward, prompts, objective, view, guard, reference)
             (at_seen,) = torch.autograd.grad(loss, seen)
         at_frames = at_seen.new_zeros(*seen.shape[:2], sum(lengths), *seen.shape[3:])
         at_frames[:, :, shown] = at_seen
         found = decoder.backward(part, given, at_frames.split(lengths, dim=2))
     gradient = torch.zeros_like(latents)
     gradient[:, :, : part.shape[2]] = found
+    blind = not (gradient.any() or objective.reached(rewards))
     total, motion = float(loss.detach()), math.nan
     if guard is not None:
         motion = float(guard.ratio(seen.detach() if view.several else latents).mean())
@@ -174,7 +183,7 @@ def judge(
                 penalty = guard(moving)
                 gradient += torch.autograd.grad(penalty, moving)[0]
             total += float(penalty.detach())
-    return Judgement(rewards.detach(), total, gradient, seen.detach(), motion)
+    return Judgement(rewards.detach(), total, gradient, seen.detach(), motion, blind)
 
 
 def _score(
@@ -185,11 +194,13 @@ def _score(
     objective: Objective,
     view: View,
     guard: MotionGuard | None,
+    reference: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """Rewards ``[B]``, the mean over the view's augmentations, and the loss."""
     walk.tick("reward")
     shown = [augmented(frames, seed_for("augment", view.seed, n)) for n in range(view.augment)] or [frames]
-    rewards = torch.stack([reward.score(clips, prompts) for clips in shown]).mean(0)
+    reference = None if reference is None else reference.to(frames)
+    rewards = torch.stack([reward.score(clips, prompts, reference=reference) for clips in shown]).mean(0)
     if not rewards.requires_grad:
         raise ValueError(f"the reward {reward.name} passes no gradient to the frames, so it can score but not train")
     loss = objective(rewards).mean()
