@@ -16,9 +16,8 @@ from ..lora.guess import guess_base
 from ..lora.match import fit
 from ..lora.merge import merge, merge_offsets, resize
 from ..lora.write import Layout, rounding
-from ..video_models import load_video_model
 from .lora_names import resolve
-from .shared import parse_lora
+from .shared import open_model, parse_lora
 
 StoredType = Literal["as it is", "float32", "bfloat16", "float16"]
 
@@ -53,7 +52,7 @@ class Inspect:
         for key, value in sorted(lora.metadata.items()):
             print(f"{key}: {value}")
         if self.model:
-            model = load_video_model(self.model, text=False)
+            model = open_model(self.model, text=False)
             for expert in model.denoisers:
                 matched = fit(lora, model, expert)
                 print(f"{expert} of {model.spec.name}: {matched.report()}")

@@ -10,7 +10,8 @@ from ..lora.files import LoraFile, MatchedLora, match
 from ..lora.guess import family_of, plain_names
 from ..lora.names import ModuleNames, bare_names
 from ..lora.network import layer_shapes
-from ..video_models import easyanimate_keys, load_video_model, wan_keys
+from ..video_models import easyanimate_keys, wan_keys
+from .shared import open_model
 
 
 def resolve(loras: Sequence[LoraFile], model: str = "") -> tuple[list[MatchedLora], dict[str, str]]:
@@ -24,7 +25,7 @@ def resolve(loras: Sequence[LoraFile], model: str = "") -> tuple[list[MatchedLor
         WeightFileError: A kind we do not know, or a LoRA for another model.
     """
     if model:
-        loaded = load_video_model(model, text=False)
+        loaded = open_model(model, text=False)
         expert = next(iter(loaded.denoisers))
         shapes, original = layer_shapes(loaded.denoisers[expert]), _original_name(loaded.spec.family)
         names = {name: original(name) for name in shapes} | loaded.lora_names(expert)

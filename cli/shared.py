@@ -36,7 +36,9 @@ def pick_device(name: str) -> str:
     return name
 
 
-def open_model(name: str, *, dtype: str = "auto", device: str = "cpu", download: bool = False) -> VideoModel:
+def open_model(
+    name: str, *, dtype: str = "auto", device: str = "cpu", download: bool = False, text: bool = True
+) -> VideoModel:
     """A model by its folder, or by its name in ``models/video_models``; a download shows its progress.
 
     Raises:
@@ -51,7 +53,7 @@ def open_model(name: str, *, dtype: str = "auto", device: str = "cpu", download:
             bar.refresh()
 
         return load_video_model(
-            name, dtype=dtype, device=device, search=[VIDEO_MODELS], download=download, progress=progress
+            name, dtype=dtype, device=device, text=text, search=[VIDEO_MODELS], download=download, progress=progress
         )
 
 

@@ -18,8 +18,8 @@ from ..training.config import TrainConfig
 from ..training.distributed import joined
 from ..training.prompts import read_prompts
 from ..training.trainer import Trainer
-from ..video_models import BUILTIN, load_video_model
-from .shared import DType, builtin_or_given, find_reward, parse_lora, pick_device, plain_name, read_recipe
+from ..video_models import BUILTIN
+from .shared import DType, builtin_or_given, find_reward, open_model, parse_lora, pick_device, plain_name, read_recipe
 
 
 @dataclass
@@ -31,7 +31,9 @@ class Train:
     Attributes:
         name: Of the run and of the LoRA it writes.
         output_dir: The run's folder is made in here.
-        model: A folder with a video model, or `builtin`, the tiny one that ships with the pack.
+        model: A folder with a video model, the name of one in `models/video_models`, or `builtin`, the tiny one that
+            ships with the pack.
+        download: Fetch the model into `models/video_models` if it is a published one that is not there.
         reward: What the LoRA should make better: a name, or your own as `file.py:NAME`.
         reward_path: Folder of the reward model's files.
         prompts: Text file, one prompt a line, or .jsonl with `prompt`.
@@ -47,6 +49,7 @@ class Train:
     name: str = "reward-lora"
     output_dir: Path = Path("outputs")
     model: str = BUILTIN
+    download: bool = False
     reward: str = "tiny_clip"
     reward_path: Path | None = None
     prompts: Path | None = None
@@ -69,7 +72,7 @@ class Train:
         if device == "cuda" and "LOCAL_RANK" in os.environ:  # started by torchrun: one GPU a process
             device = f"cuda:{os.environ['LOCAL_RANK']}"
         reward = find_reward(self.reward, self.reward_path, "cpu")
-        model = load_video_model(self.model, dtype=self.dtype)
+        model = open_model(self.model, dtype=self.dtype, download=self.download)
         signal.signal(signal.SIGTERM, signal.default_int_handler)  # torchrun's and a scheduler's way to stop
         with joined(device) as group, applied(model, uses) as reports:
             if self.fresh and group.leads:
