@@ -32,11 +32,10 @@ class Inputs:
         self._texts, self._pictures = EmbeddingStore(model, cache), Store()
 
     def prepare(self, examples: Sequence[Example]) -> None:
-        """Encode every prompt, and bring the denoiser to where it works."""
+        """Encode every prompt."""
         guided = self._config.guidance_scale != 1
         prompts = [example.prompt for example in examples]
         self._texts.prepare([*prompts, *([self._config.negative_prompt] if guided else [])], self._tick)
-        self._tick("rollout")
 
     def conditioning(self, examples: Sequence[Example]) -> Conditioning:
         """Of a batch, where the denoiser works. With images it is made example by example, and kept."""
