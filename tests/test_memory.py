@@ -84,8 +84,8 @@ def test_auto_checkpoints_large_models_alone(wan, monkeypatch):
     assert plan_for("auto", wan).name == "fast"
     monkeypatch.setattr("reward_lora.training.memory.LARGE", 1000)
     assert plan_for("auto", wan).name == "balanced"
-    assert smaller(plan_for("small", wan)) is None
-    with pytest.raises(ValueError, match="memory must be one of auto, fast, balanced, small, got 'tiny'"):
+    assert smaller(plan_for("offload", wan)) is None
+    with pytest.raises(ValueError, match="memory must be one of auto, fast, balanced, small, offload, got 'tiny'"):
         plan_for("tiny", wan)
 
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -12,15 +12,17 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ..block_weights import in_float8, offloaded
 from ..reward_models.protocol import Reward
-from ..video_models.protocol import Conditioning, Tick, VideoModel
+from ..video_models.protocol import Tick, VideoModel
 from .config import TrainConfig
 from .events import Evaluation
+from .examples import Example
 from .gradient import Anchor, Walk, replay, rollout
 from .guards import MotionGuard, conflicts, score_clips
+from .inputs import Inputs
 from .judge import Judgement, View, judge, seen_frames
 from .memory import MemoryPlan, Placement, checkpointed_blocks, plan_for, smaller
-from .prompts import EmbeddingStore
 from .sample import sample
 from .schedule import Plan
 from .seeds import seed_for
@@ -79,16 +81,28 @@ class Learner:
     ) -> None:
         self.plan = plan_for(config.memory, model)
         self._model, self._reward, self._config = model, reward, config
+        self._stores: ExitStack | None = None
+        self._offloads = False
         self._latent_shape = model.spec.latent_shape(config.width, config.height, config.frames)
         self._device = device
-        self._texts = EmbeddingStore(model, cache)
         self._tick = tick if device.type == "cpu" else Placement(model, reward, tick, self.plan, device)
+        self._inputs = Inputs(model, config, self._tick, cache)
 
-    def prepare(self, prompts: Sequence[str]) -> None:
-        """Encode every prompt, and bring the denoiser to where it works."""
-        guided = self._config.guidance_scale != 1
-        self._texts.prepare([*prompts, *([self._config.negative_prompt] if guided else [])], self._tick)
-        self._tick("rollout")
+    def prepare(self, examples: Sequence[Example]) -> None:
+        """Encode every prompt."""
+        self._inputs.prepare(examples)
+
+    @contextmanager
+    def at_work(self) -> Iterator[None]:
+        """While LoRAs are in the networks: the frozen weights stored as settings and plan say."""
+        with ExitStack() as self._stores:
+            if self._config.float8:
+                for network in self._model.denoisers.values():
+                    self._stores.enter_context(in_float8(network))
+            self.adopt(self.plan)
+            self._tick("rollout")  # only now: what shall not be on the device never gets there
+            yield
+        self._stores = None
 
     def rest(self) -> None:
         """Leave the device."""
@@ -97,13 +111,18 @@ class Learner:
 
     def adopt(self, plan: MemoryPlan) -> None:
         """Go on under another memory plan."""
+        if plan.offload and self._stores is not None and not self._offloads:
+            for network in self._model.denoisers.values():
+                self._stores.enter_context(offloaded(network))
+            self._offloads = True
+            self._stores.callback(setattr, self, "_offloads", False)
         self.plan = plan
         if isinstance(self._tick, Placement):
             self._tick.plan = plan
 
     def learn(
         self,
-        prompts: Sequence[str],
+        examples: Sequence[Example],
         seeds: Sequence[int],
         plan: Plan,
         draw: int,
@@ -117,7 +136,7 @@ class Learner:
         If the batch runs out of GPU memory, it is made again under the next smaller plan, which stays in force.
 
         Args:
-            prompts: One a sample.
+            examples: One a sample.
             seeds: Of each sample's noise.
             plan: Noise levels and trained steps.
             draw: Number of the batch in the run.
@@ -130,7 +149,7 @@ class Learner:
         while True:
             try:
                 with checkpointed_blocks(self._model, self.plan.checkpoint_blocks):
-                    return self._learn(prompts, seeds, plan, draw, without_lora, anchor, report)
+                    return self._learn(examples, seeds, plan, draw, without_lora, anchor, report)
             except torch.OutOfMemoryError:
                 less = smaller(self.plan)
                 if less is None:
@@ -144,7 +163,7 @@ class Learner:
 
     def _learn(
         self,
-        prompts: Sequence[str],
+        examples: Sequence[Example],
         seeds: Sequence[int],
         plan: Plan,
         draw: int,
@@ -153,17 +172,17 @@ class Learner:
         report: bool,
     ) -> Lesson:
         c = self._config
-        self._tick("rollout")  # the denoiser is where the conditioning shall be
-        conditioning = self._conditioning(prompts)
+        conditioning = self._inputs.conditioning(examples)
         walk = Walk(self._model, conditioning, c.guidance_scale, self.plan.batched_guidance, self._tick, seeds)
         noise = self._model.initial_latents(self._latent_shape, seeds)
         latents, kept = rollout(walk, noise, plan)
         view = c.view_at(draw, self.plan.checkpoint_vae)
         guard = self._motion_guard(walk, noise, plan, view, without_lora)
-        verdict = judge(walk, latents, self._reward, prompts, c.objective, view, guard)
-        if not verdict.finite:
+        prompts, reference = [e.prompt for e in examples], self._inputs.reference(examples, self._reward)
+        verdict = judge(walk, latents, self._reward, prompts, c.objective, view, guard, reference)
+        if not verdict.finite or verdict.blind:
             return Lesson(verdict)
-        found = conflicts(self._reward, verdict.frames, prompts) if report else {}
+        found = conflicts(self._reward, verdict.frames, prompts, reference) if report else {}
         anchor = Anchor(weight / c.accumulation, without_lora, c.anchor_by_sigma) if weight else None
         gradient, how = verdict.gradient / c.accumulation, c.backprop
         return Lesson(verdict, replay(walk, kept, plan, gradient, how.coupling, anchor, how.branch), found)
@@ -179,27 +198,28 @@ class Learner:
             base, _ = rollout(walk, noise, plan)
         return MotionGuard(c.motion_guard, c.motion_floor, seen_frames(walk, base, view) if view.several else base)
 
-    def evaluate(self, prompts: Sequence[str], heldout: Sequence[Reward] = ()) -> Evaluation:
-        """Prompts on fixed seeds, sampled with the model as it is, and scored by the reward and by others."""
+    def evaluate(self, examples: Sequence[Example], heldout: Sequence[Reward] = ()) -> Evaluation:
+        """Examples on fixed seeds, sampled with the model as it is, and scored by the reward and by others."""
         c, clips, scores = self._config, [], []
-        self.prepare(prompts)
+        prompts = [example.prompt for example in examples]
+        self.prepare(examples)
         with torch.no_grad():
-            for index in range(0, len(prompts), c.batch_size):
-                batch = prompts[index : index + c.batch_size]
+            for index in range(0, len(examples), c.batch_size):
+                batch = examples[index : index + c.batch_size]
                 seeds = [seed_for("sample", c.seed, index + b) for b in range(len(batch))]
-                self._tick("rollout")
-                frames = sample(self._model, self._conditioning(batch), seeds, self._latent_shape, c.sampler_steps,
-                                c.guidance_scale, batched_guidance=self.plan.batched_guidance,
-                                tick=self._tick)  # fmt: skip
+                told = self._inputs.conditioning(batch)
+                frames = sample(self._model, told, seeds, self._latent_shape, c.sampler_steps, c.guidance_scale,
+                                batched_guidance=self.plan.batched_guidance, tick=self._tick)  # fmt: skip
                 self._tick("reward")
-                scores += self._reward.score(frames, batch).tolist()
+                texts, reference = prompts[index : index + len(batch)], self._inputs.reference(batch, self._reward)
+                scores += self._reward.score(frames, texts, reference=reference).tolist()
                 clips.append(frames.cpu())
         frames = torch.cat(clips)
-        others = {judge.name: score_clips(judge, frames, prompts, self._device) for judge in heldout}
+        others = {judge.name: self._scores(judge, frames, examples) for judge in heldout}
         return Evaluation(sum(scores) / len(scores), tuple(scores), tuple(prompts), frames, others)
 
-    def _conditioning(self, prompts: Sequence[str]) -> Conditioning:
-        positive = [self._texts[prompt] for prompt in prompts]
-        guided = self._config.guidance_scale != 1
-        negative = [self._texts[self._config.negative_prompt]] * len(prompts) if guided else None
-        return self._model.conditioning(positive, negative, self._latent_shape)
+    def _scores(self, reward: Reward, frames: Tensor, examples: Sequence[Example]) -> tuple[float, ...]:
+        prompts = [example.prompt for example in examples]
+        return score_clips(
+            reward, frames, prompts, self._device, lambda index: self._inputs.reference([examples[index]], reward)
+        )

@@ -1,4 +1,4 @@
-"""How a step is fitted into the memory there is: three plans, each slower and smaller than the one before."""
+"""How a step is fitted into the memory there is: four plans, each slower and smaller than the one before."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 from ..reward_models.protocol import Reward
 from ..video_models.protocol import Tick, VideoModel
 
-MemoryChoice = Literal["auto", "fast", "balanced", "small"]
+MemoryChoice = Literal["auto", "fast", "balanced", "small", "offload"]
 
 LARGE = 200_000_000
 """Parameters of a network from which ``auto`` checkpoints its blocks."""
@@ -28,6 +28,7 @@ class MemoryPlan:
         checkpoint_vae: The same in the VAE's decoder, while the judge takes its gradient.
         batched_guidance: Both guidance branches in one call of the rollout. (The replay takes them one by one.)
         swap: Have on the device only what a phase needs: the denoiser to walk, VAE and reward to judge.
+        offload: The frozen weights of the denoiser's blocks stay in main memory and visit the device one by one.
     """
 
     name: str
@@ -35,12 +36,14 @@ class MemoryPlan:
     checkpoint_vae: bool
     batched_guidance: bool
     swap: bool
+    offload: bool = False
 
 
 PLANS = (
     MemoryPlan("fast", False, False, True, False),
     MemoryPlan("balanced", True, False, True, False),
     MemoryPlan("small", True, True, False, True),
+    MemoryPlan("offload", True, True, False, True, offload=True),
 )
 
 

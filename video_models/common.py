@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+from ..block_weights import bring
 from .protocol import ModelSpec
 
 
@@ -33,7 +34,7 @@ def move(
     for part in parts:
         found = modules[part]
         for module in [found] if isinstance(found, nn.Module) else found or ():
-            module.to(device)
+            bring(module, device)
 
 
 def linear_names(network: nn.Module, published: Callable[[str], str] = str) -> dict[str, str]:

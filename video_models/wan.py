@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..block_weights import bring
 from .common import check_pairs, draw_noise, freeze, linear_names, move, no_text_encoder, short_hash
 from .images import fit_image
 from .precision import float64_throughout
@@ -112,7 +113,7 @@ class WanModel:
             device, relieved = self.device, self.transformer
             if device.type != "cpu":
                 rest(relieved)
-            self.denoisers[expert].to(device)
+            bring(self.denoisers[expert], device)
             self._at_work = expert
         return self.transformer
 
