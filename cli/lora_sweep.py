@@ -10,8 +10,8 @@ from tyro.conf import Positional, UseAppendAction
 from ..files import write_text
 from ..reward_models.judging import table
 from ..training.prompts import read_prompts
-from ..video_models import BUILTIN, load_video_model
-from .shared import ROOT, DType, find_reward, parse_lora, pick_device
+from ..video_models import BUILTIN
+from .shared import ROOT, DType, find_reward, open_model, parse_lora, pick_device
 
 
 @dataclass
@@ -79,7 +79,7 @@ class Sweep:
         from ..training.gradient import silent
         from ..training.media import write_png
         from ..training.memory import Placement, plan_for
-        from ..training.sweep import SweepConfig, finished, run_sweep
+        from ..training.sweep import SweepConfig, gathered, run_sweep
         from ..training.sweep_report import sweep_csv, sweep_plot, sweep_rows, sweep_sheet
 
         names = SweepConfig.__dataclass_fields__.keys() - {"prompts"}
@@ -87,20 +87,20 @@ class Sweep:
         use, kept = parse_lora(self.lora), [parse_lora(text) for text in self.keep]
         device = pick_device(self.device)
         judge, *others = (find_reward(name, self.reward_path, device) for name in (self.reward, *self.also))
-        model = load_video_model(self.model, dtype=self.dtype, device=device)
+        model = open_model(self.model, dtype=self.dtype, device=device)
         print("\n".join(use.check(model)))
         tick = Placement(model, None, silent, plan_for("auto", model), model.device)  # the text encoder leaves
-        points = run_sweep(model, use, config, judge, others, kept=kept, tick=tick)
-        with tqdm(points, total=len(config.strengths), unit="strength") as bar:
-            sweep = finished(config, list(bar))
-        print(table(*sweep_rows(sweep)))
-        for path in (
-            write_text(self.output_dir / "sweep.csv", sweep_csv(sweep)),
-            write_png(self.output_dir / "sweep.png", sweep_plot(sweep)),
-            write_png(self.output_dir / "videos.png", sweep_sheet(sweep)),
-        ):
-            print(path)
-        print(sweep.reason())
+        painting = run_sweep(model, use, config, judge, others, kept=kept, tick=tick)
+        points = []
+        for point in tqdm(painting, total=len(config.strengths), unit="strength"):
+            points.append(point)
+            sweep = gathered(config, points)
+            files = (  # written anew after every strength, so that a sweep that is stopped has not been for nothing
+                write_text(self.output_dir / "sweep.csv", sweep_csv(sweep)),
+                write_png(self.output_dir / "sweep.png", sweep_plot(sweep)),
+                write_png(self.output_dir / "videos.png", sweep_sheet(sweep)),
+            )
+        print(table(*sweep_rows(sweep)), *files, sweep.reason(), sep="\n")
         return 0
 
     def _prompts(self) -> tuple[str, ...]:

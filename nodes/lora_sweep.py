@@ -13,7 +13,7 @@ from ..lora.files import LoraFile
 from ..reward_models.judging import table
 from ..training.media import write_png
 from ..training.prompts import read_prompts
-from ..training.sweep import SweepConfig, SweepPoint, finished, run_sweep
+from ..training.sweep import SweepConfig, SweepPoint, gathered, run_sweep
 from ..training.sweep_report import sweep_csv, sweep_plot, sweep_rows, sweep_sheet
 from . import folders
 from .bridge import Progress, engine, on_device, picture_to_image, placed
@@ -197,17 +197,17 @@ class SweepLoraStrength(io.ComfyNode):
                 stack.enter_context(on_device(reward=reward.reward))
             tick = stack.enter_context(placed(model, progress))
             others = [reward.reward for reward in filter(None, given)]
-            points: list[SweepPoint] = []
+            stem, points = folders.next_file(prefix).with_suffix(""), []
             for point in run_sweep(model, use, config, judge.reward, others, kept=video_model.uses, tick=tick):
                 points.append(point)
+                sweep = gathered(config, points)
+                # Written after every strength, so that a sweep that is cancelled has not been for nothing.
+                table_file = write_text(stem.with_suffix(".csv"), sweep_csv(sweep))
+                plot = sweep_plot(sweep)
                 text = f"strength {point.strength:g}: {judge.reward.name} {_mean(point, judge.reward.name):.4f}"
-                progress.show(len(points), text=text)
-            sweep = finished(config, points)
-            plot, sheet = sweep_plot(sweep), sweep_sheet(sweep)
-            numbers = table(*sweep_rows(sweep))
-            stem = folders.next_file(prefix).with_suffix("")
-            files = [
-                write_text(stem.with_suffix(".csv"), sweep_csv(sweep)),
+                progress.show(len(points), plot, text)
+            sheet, numbers = sweep_sheet(sweep), table(*sweep_rows(sweep))
+            pictures = [
                 write_png(stem.with_name(f"{stem.name}plot.png"), plot),
                 write_png(stem.with_name(f"{stem.name}videos.png"), sheet),
             ]
@@ -221,7 +221,7 @@ class SweepLoraStrength(io.ComfyNode):
             picture_to_image(plot),
             text,
             use.lora,
-            ui={"images": folders.listed(*files[1:]), "files": folders.listed(files[0]), "text": [text]},
+            ui={"images": folders.listed(*pictures), "files": folders.listed(table_file), "text": [text]},
         )
 
 

@@ -183,44 +183,50 @@ def test_two_windows_do_not_disturb_each_other(wan, path):
         torch.testing.assert_close(halves, walked(wan)[0], rtol=1e-5, atol=1e-6)
 
 
-class TwoExperts:
-    """A model with two networks, as a walk and an applied LoRA see it."""
-
-    def __init__(self, first, second):
-        self.first, self.spec = first, dataclasses.replace(first.spec, experts=("transformer", "transformer_2"))
-        self.denoisers = {"transformer": first.transformer, "transformer_2": second.transformer}
-
-    def lora_names(self, expert):
-        return self.first.lora_names("transformer")
-
-
-def test_a_lora_goes_to_the_expert_it_is_for(wan, path, tmp_path):
+@pytest.fixture
+def pair(wan):
+    """A Wan of two experts, as Wan2.2 has them."""
     from reward_lora.selfcheck.exactness import tiny_wan
+    from reward_lora.video_models.wan import WanModel
 
-    model = TwoExperts(wan, tiny_wan(dtype=torch.float32))
+    spec = dataclasses.replace(wan.spec, experts=("high", "low"), boundary=0.9)
+    return WanModel(spec, {"high": wan.transformer, "low": tiny_wan(1, torch.float32).transformer}, wan.vae)
 
+
+def test_a_lora_goes_to_the_expert_it_is_for(pair, path, tmp_path):
     def holders(use):
-        with applied(model, [use]) as reports:
-            assert all(f" in {name}," in line for name, line in zip(use.experts(model), reports, strict=True))
-            return [name for name, network in model.denoisers.items() if hasattr(network, "peft_config")]
-
-    high, low = model.denoisers
+        with applied(pair, [use]) as reports:
+            assert all(f" in {name}," in line for name, line in zip(use.experts(pair), reports, strict=True))
+            return [name for name, network in pair.denoisers.items() if hasattr(network, "peft_config")]
 
     def copied(name, **metadata):
         save_file(load_file(path), tmp_path / name, metadata)
         return read_lora(tmp_path / name)
 
-    assert holders(LoraUse(read_lora(path), 1.0)) == [high, low]
-    assert holders(LoraUse(read_lora(path), 1.0, "low_noise")) == [low]
-    assert holders(LoraUse(read_lora(path), 1.0, low)) == [low]
-    assert holders(LoraUse(copied("b.safetensors", expert=low), 1.0)) == [low]
-    assert holders(LoraUse(copied("b.safetensors", expert=low), 1.0, "high_noise")) == [high]
-    assert holders(LoraUse(copied("Wan2.2-low-noise-HPS2.1.safetensors"), 1.0)) == [low]
-    assert holders(LoraUse(copied("wan_HighNoise.safetensors"), 1.0)) == [high]
-    assert holders(LoraUse(copied("run_1_low.safetensors"), 1.0)) == [low]
-    assert holders(LoraUse(copied("slow_highway.safetensors"), 1.0)) == [high, low]
-    with pytest.raises(ValueError, match="one of auto, high_noise, low_noise, transformer, transformer_2, got 'loud'"):
+    assert holders(LoraUse(read_lora(path), 1.0)) == ["high", "low"]
+    assert holders(LoraUse(read_lora(path), 1.0, "low_noise")) == ["low"]
+    assert holders(LoraUse(read_lora(path), 1.0, "low")) == ["low"]
+    assert holders(LoraUse(copied("b.safetensors", expert="low"), 1.0)) == ["low"]
+    assert holders(LoraUse(copied("b.safetensors", expert="low"), 1.0, "high_noise")) == ["high"]
+    assert holders(LoraUse(copied("Wan2.2-low-noise-HPS2.1.safetensors"), 1.0)) == ["low"]
+    assert holders(LoraUse(copied("wan_HighNoise.safetensors"), 1.0)) == ["high"]
+    assert holders(LoraUse(copied("run_1_low.safetensors"), 1.0)) == ["low"]
+    assert holders(LoraUse(copied("slow_highway.safetensors"), 1.0)) == ["high", "low"]
+    with pytest.raises(ValueError, match="one of auto, high_noise, low_noise, high, low, got 'loud'"):
         holders(LoraUse(read_lora(path), 1.0, "loud"))
+
+
+def test_a_lora_for_the_low_noise_expert_leaves_the_first_steps(pair, path):
+    base = walked(pair)
+    works = [pair.spec.expert_at(sigma) for sigma in pair.sigmas(4)[:-1]]
+    first = works.index("low")
+    assert 0 < first < 3
+    with applied(pair, [LoraUse(read_lora(path), 1.0, "low_noise")]):
+        low = walked(pair)
+    for step in range(first + 1):
+        assert torch.equal(low[1][step], base[1][step])
+    assert not torch.equal(low[0], base[0])
+    assert torch.equal(walked(pair)[0], base[0])
 
 
 # Bases in eight bits

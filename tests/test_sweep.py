@@ -12,7 +12,7 @@ from reward_lora.lora.adapter import LoraUse, applied
 from reward_lora.lora.files import read_lora, write_lora
 from reward_lora.training.prompts import read_prompts
 from reward_lora.training.sample import sample
-from reward_lora.training.sweep import Sweep, SweepConfig, SweepPoint, finished, mean_motion, run_sweep
+from reward_lora.training.sweep import Sweep, SweepConfig, SweepPoint, gathered, mean_motion, run_sweep
 from reward_lora.training.sweep_report import sweep_csv, sweep_plot, sweep_rows, sweep_sheet
 
 
@@ -84,7 +84,7 @@ def test_a_gain_within_its_noise_is_called_so():
     base, after = [0.0, 1.0, 0.0, 1.0], [1.0, 0.1, 1.0, 0.1]
     points = [SweepPoint(s, {"judge": tuple(v)}, (1.0,) * 4, torch.zeros(1, 3, 3, 8, 8)) for s, v in
               ((0.0, base), (1.0, after))]  # fmt: skip
-    sweep = finished(SweepConfig((1.0,), prompts=tuple("abcd")), points)
+    sweep = gathered(SweepConfig((1.0,), prompts=tuple("abcd")), points)
     assert sweep.held_out == ("judge",)
     assert "a gain is not shown: take more prompts or seeds" in sweep.reason()
 
@@ -93,7 +93,7 @@ def test_seeds_of_one_prompt_are_one_witness():
     scores = {"judge": (0.0, 2.0, 4.0, 6.0)}
     base = SweepPoint(0.0, {"judge": (0.0,) * 4}, (1.0,) * 4, torch.zeros(1))
     config = SweepConfig((1.0,), prompts=("a", "b"), seeds=2)
-    gain = finished(config, [base, SweepPoint(1.0, scores, (1.0,) * 4, torch.zeros(1))]).gain
+    gain = gathered(config, [base, SweepPoint(1.0, scores, (1.0,) * 4, torch.zeros(1))]).gain
     assert gain(SweepPoint(1.0, scores, (1.0,), torch.zeros(1)), "judge").b == (1.0, 5.0)
 
 
@@ -141,7 +141,7 @@ def test_a_sweep_paints_the_same_noise_at_every_strength_and_leaves_the_model(wa
     state = {key: value.clone() for key, value in wan.transformer.state_dict().items()}
     ticks = []
     points = list(run_sweep(wan, use, config, reward, [Brightness()], tick=ticks.append))
-    assert [p.strength for p in points] == [-0.5, 0.0, 1.0]
+    assert [p.strength for p in points] == [0.0, -0.5, 1.0]
     assert {"text", "rollout", "decode", "reward"} == set(ticks)
     assert all(len(p.motion) == 4 and p.shown.shape[0] == 4 for p in points)
     shape = wan.spec.latent_shape(8, 8, 3)
@@ -154,7 +154,7 @@ def test_a_sweep_paints_the_same_noise_at_every_strength_and_leaves_the_model(wa
         assert p.motion == pytest.approx(mean_motion(clips).tolist(), abs=1e-5)
     assert points[2].scores != points[1].scores
     assert all(torch.equal(state[key], value) for key, value in wan.transformer.state_dict().items())
-    sweep = finished(config, points)
+    sweep = gathered(config, points)
     assert sweep.held_out == ("brightness",)
     for picture in (sweep_plot(sweep), sweep_sheet(sweep)):
         assert picture.dtype.name == "uint8"

@@ -209,7 +209,7 @@ def run_sweep(
     kept: Sequence[LoraUse] = (),
     tick: Tick = silent,
 ) -> Iterator[SweepPoint]:
-    """Paint and judge one strength after the other; put the points into a :class:`Sweep` by :func:`finished`.
+    """Paint and judge one strength after the other, 0 first; :func:`gathered` makes a :class:`Sweep` of the points.
 
     Args:
         model: A loaded video model.
@@ -232,7 +232,7 @@ def run_sweep(
     shape = spec.latent_shape(config.width or spec.width, config.height or spec.height, config.frames or spec.frames)
     scale, texts = config.guidance_scale or spec.guidance_scale, EmbeddingStore(model)
     texts.prepare([*config.prompts, *([config.negative_prompt] if scale != 1 else ())], tick)
-    for strength in config.strengths:
+    for strength in sorted(config.strengths, key=lambda value: (value != 0, value)):
         scores: dict[str, list[float]] = {reward.name: [] for reward in rewards}
         motion, shown = [], []
         with applied(model, [*kept, replace(use, strength=strength)]), torch.no_grad():
@@ -255,10 +255,10 @@ def run_sweep(
         yield SweepPoint(strength, values, tuple(motion), torch.stack(shown))
 
 
-def finished(config: SweepConfig, points: Sequence[SweepPoint]) -> Sweep:
-    """The sweep of all points of :func:`run_sweep`."""
+def gathered(config: SweepConfig, points: Sequence[SweepPoint]) -> Sweep:
+    """The sweep of the points of :func:`run_sweep`, of all or of the first ones."""
     judge, *others = points[0].scores
-    return Sweep(config, tuple(points), tuple(others) or (judge,))
+    return Sweep(config, tuple(sorted(points, key=lambda point: point.strength)), tuple(others) or (judge,))
 
 
 def mean_motion(clips: Tensor) -> Tensor:
