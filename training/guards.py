@@ -128,7 +128,7 @@ class Finding:
     Attributes:
         motion: Relative to the base model's.
         sharpness: Relative to the base model's.
-        heldout: Mean gain on the base model by judge, on its own scale.
+        gains: Mean gain on the base model by held-out judge, on its own scale.
         score: Mean gain of the held-out judges, or of the trained reward if there are none, in standard deviations
             over the base model's clips. The best step has the highest.
         unsound: Which of motion and sharpness are beyond their limits.
@@ -140,7 +140,7 @@ class Finding:
 
     motion: float
     sharpness: float
-    heldout: dict[str, float]
+    gains: dict[str, float]
     score: float
     unsound: tuple[str, ...]
     best: bool
