@@ -11,12 +11,14 @@ PROMPT = "a red circle moves right on a blue background"
 
 
 def workflow(name: str) -> dict:
-    """A shipped workflow; a training is cut to a few steps."""
+    """A shipped workflow; a training or a sweep is cut to a few steps."""
     graph = json.loads((WORKFLOWS / "api" / f"{name}.json").read_text(encoding="utf-8"))
     for node in graph.values():
         if node["class_type"] == "RewardLoraTrainRewardLora":
             node["inputs"] |= {"steps": 3, "batch_size": 2, "backprop_num_steps": 2}
             node["inputs"] |= {"sample_every": 3, "sample_count": 2, "save_every": 2}
+        if node["class_type"] == "RewardLoraSweepLoraStrength":
+            node["inputs"] |= {"strengths": "0.5 1", "max_prompts": 3, "batch_size": 3, "steps": 2}
     return graph
 
 

@@ -252,7 +252,7 @@ def test_the_catalogue_needs_no_network_to_say_what_to_do(comfyui):
 
 def sweep_graph(**changes) -> dict:
     graph = graphs.workflow("sweep_lora_strength")
-    graph["4"]["inputs"] |= {"strengths": "0.5 1", "max_prompts": 3, "batch_size": 3, "steps": 2} | changes
+    graph["4"]["inputs"] |= changes
     graph["8"]["inputs"] |= {"steps": 2}
     return graph
 
