@@ -77,11 +77,12 @@ def save_checkpoint(
     progress: Progress,
     identity: RunIdentity,
     parameters: dict[str, nn.Parameter],
+    average: dict[str, Tensor],
     optimizer: torch.optim.Optimizer,
     reward: Reward,
 ) -> Path:
     """Write ``checkpoint-<step>.safetensors`` and delete older ones beyond ``keep_checkpoints``."""
-    tensors: dict[str, Tensor] = {}
+    tensors = {f"average.{key}": value.cpu() for key, value in average.items()}
     for key, parameter in parameters.items():
         tensors[f"lora.{key}"] = parameter.detach().cpu()
         for name, value in optimizer.state.get(parameter, {}).items():
@@ -104,6 +105,7 @@ def load_latest(
     folder: Path,
     identity: RunIdentity,
     parameters: dict[str, nn.Parameter],
+    average: dict[str, Tensor],
     optimizer: torch.optim.Optimizer,
     reward: Reward,
 ) -> Progress | None:
@@ -133,6 +135,8 @@ def load_latest(
         with torch.no_grad():
             for key, parameter in parameters.items():
                 parameter.copy_(tensors.pop(f"lora.{key}"))
+            for key, value in average.items():
+                value.copy_(tensors.pop(f"average.{key}"))
         for key, parameter in parameters.items():
             prefix = f"optimizer.{key}."
             state = {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}

@@ -54,6 +54,8 @@ class TrainConfig:
         beta2: Of AdamW.
         epsilon: Of AdamW; small, because reward gradients are small.
         max_grad_norm: Gradients are scaled down to this norm.
+        ema: Share that stays of the LoRA's moving average at every step, such as 0.99; what is evaluated and saved is
+            then the average. 0 is off.
         rank: Rank of the LoRA.
         network_alpha: The LoRA is scaled by alpha / rank.
         lora_targets: Modules to adapt; empty takes the model's own list.
@@ -117,6 +119,7 @@ class TrainConfig:
     beta2: float = 0.999
     epsilon: float = 1e-10
     max_grad_norm: float = 0.3
+    ema: float = 0.0
     rank: int = 32
     network_alpha: float = 16.0
     lora_targets: tuple[str, ...] = ()
@@ -169,7 +172,7 @@ class TrainConfig:
             value = getattr(self, name)
             if not (value > 0 and math.isfinite(value)):
                 raise ValueError(f"{name} must be above 0, got {value}")
-        for name in ("beta1", "beta2"):
+        for name in ("beta1", "beta2", "ema"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} must lie in 0..1 without 1, got {getattr(self, name)}")
         choices = {

@@ -16,6 +16,7 @@ from ..lora.adapter import Adapter, inject_new, total_norm
 from ..lora.write import write_lora
 from ..reward_models.protocol import Reward
 from ..video_models.protocol import Tick, VideoModel
+from .average import Average
 from .checkpoint import Progress, RunIdentity, list_checkpoints, load_latest, save_checkpoint
 from .config import TrainConfig
 from .distributed import Group
@@ -127,7 +128,10 @@ class Trainer:
             optimizer = torch.optim.AdamW(
                 list(parameters.values()), c.learning_rate, (c.beta1, c.beta2), c.epsilon, c.weight_decay
             )
-            progress = load_latest(self.folder, self._identity, parameters, optimizer, self.reward) or Progress()
+            average = Average(parameters, c.ema)
+            state = (self._identity, parameters, average.values, optimizer, self.reward)
+            progress = load_latest(self.folder, *state) or Progress()
+            optimizer.register_step_post_hook(lambda *_: average.update(progress.step - progress.skipped))
             if progress.memory and c.memory == "auto":
                 self._learner.adopt(plan_for(progress.memory, self.model))
             guards = self._guards(progress)
@@ -138,20 +142,22 @@ class Trainer:
 
             def save() -> None:
                 if leads:
-                    save_checkpoint(self.folder, progress, self._identity, parameters, optimizer, self.reward)
+                    save_checkpoint(self.folder, progress, *state)
 
             try:
                 if progress.step == 0:
                     yield self._logged(self._before(guards, adapters))
                 elif c.evaluates_after(progress.step) and guards.last < progress.step:  # it was stopped in the middle
-                    missed = self._evaluate(progress.step, guards, adapters)
+                    with average.in_place():
+                        missed = self._evaluate(progress.step, guards, adapters)
                     if missed:
                         self.files.amend(missed)
                 while progress.step < c.steps and not guards.stopped:
                     event = self._step(progress, adapters, parameters, optimizer, guards)
                     if c.evaluates_after(progress.step):
                         try:
-                            evaluation = self._evaluate(progress.step, guards, adapters)
+                            with average.in_place():
+                                evaluation = self._evaluate(progress.step, guards, adapters)
                             event = replace(event, evaluation=evaluation, stop=guards.stopped)
                         except BaseException:  # the step is made, whatever became of its evaluation
                             self._logged(event)
@@ -170,8 +176,9 @@ class Trainer:
                 if saved_at != progress.step:
                     save()
                 if leads:
-                    for expert, adapter in adapters.items():
-                        self._save_lora(self.lora_paths[expert], expert, adapter, progress.step)
+                    with average.in_place():
+                        for expert, adapter in adapters.items():
+                            self._save_lora(self.lora_paths[expert], expert, adapter, progress.step)
                     self.files.draw()
 
     def _step(
