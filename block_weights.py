@@ -74,6 +74,9 @@ def residents(network: nn.Module) -> list[Tensor]:
 
 def bring(network: nn.Module, device: torch.device | str) -> None:
     """Move a network's residents, and their gradients, to a device."""
+    if not any(hasattr(parameter, MARK) for parameter in network.parameters()):
+        network.to(device)
+        return
     for tensor in residents(network):
         tensor.data = tensor.data.to(device)
         if tensor.grad is not None:

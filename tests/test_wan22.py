@@ -9,7 +9,7 @@ import pytest
 import torch
 from reward_lora.lora.adapter import inject_new
 from reward_lora.tests.families import wan as family
-from reward_lora.video_models import WeightFileError, load_video_model
+from reward_lora.video_models import WeightFileError, common, load_video_model, wan
 from reward_lora.video_models.wan import WanModel, rest
 
 
@@ -157,20 +157,19 @@ def test_a_vae_of_another_model_is_refused(tmp_path):
 
 
 def test_only_the_expert_at_work_is_on_the_device(pair, monkeypatch):
-    """The device is told to the networks; the meta device stands for a GPU, and nothing is computed."""
-    moves = []
+    """Who moves where, told by those who move; nothing is computed."""
     model = WanModel(pair.spec, dict(pair.denoisers), pair.vae)
-    for name, network in model.denoisers.items():
-        monkeypatch.setattr(network, "to", lambda device, name=name: moves.append((name, str(device))))
-    monkeypatch.setattr("reward_lora.video_models.wan.rest", lambda network: moves.append((
-        next(name for name, other in model.denoisers.items() if other is network), "rest")))  # fmt: skip
+    names, moves = {id(network): name for name, network in model.denoisers.items()}, []
+    monkeypatch.setattr(wan, "rest", lambda network: moves.append((names[id(network)], "cpu")))
+    for place in (wan, common):
+        monkeypatch.setattr(place, "bring", lambda network, device: moves.append((names[id(network)], str(device))))
     monkeypatch.setattr(WanModel, "device", torch.device("cuda"))
     model.to("cuda", "denoiser")
-    assert moves == [("low", "rest"), ("high", "cuda")]
+    assert moves == [("low", "cpu"), ("high", "cuda")]
     moves.clear()
     for expert in ("high", "low", "low", "high"):
         assert model.put_to_work(expert) is model.denoisers[expert]
-    assert moves == [("high", "rest"), ("low", "cuda"), ("low", "rest"), ("high", "cuda")]
+    assert moves == [("high", "cpu"), ("low", "cuda"), ("low", "cpu"), ("high", "cuda")]
 
 
 def test_what_is_trained_does_not_go_when_its_expert_rests():
