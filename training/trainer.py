@@ -149,7 +149,7 @@ class Trainer:
                     yield self._logged(self._before(guards, adapters))
                 elif c.evaluates_after(progress.step) and guards.last < progress.step:  # it was stopped in the middle
                     with average.in_place():
-                        missed = self._evaluate(progress.step, guards, adapters)
+                        missed, saved_at = self._evaluate(progress.step, guards, adapters), -1
                     if missed:
                         self.files.amend(missed)
                 while progress.step < c.steps and not guards.stopped:

@@ -1,0 +1,318 @@
+"""Every guard changes the outcome that it is for; a resumed run is guarded as the uninterrupted one."""
+
+from __future__ import annotations
+
+import json
+from contextlib import closing
+from dataclasses import replace
+
+import pytest
+import torch
+from reward_lora.lora.files import read_lora
+from reward_lora.reward_models.mixture import Mixture
+from reward_lora.selfcheck.exactness import ToyReward
+from reward_lora.training.augment import augmented
+from reward_lora.training.checkpoint import list_checkpoints
+from reward_lora.training.config import TrainConfig
+from reward_lora.training.gradient import Walk
+from reward_lora.training.guards import Guards, MotionGuard, Reading, conflicts, sharpness, speed
+from reward_lora.training.judge import Objective, View, judge
+from reward_lora.training.run_folder import best_path
+from reward_lora.training.trainer import Trainer
+
+PROMPTS = ["one", "two", "three", "four", "five"]
+
+
+class Bright(ToyReward):
+    """Linear in the pixels; ``sign`` -1 is the judge that sees through it."""
+
+    def __init__(self, name="bright", sign=1.0):
+        self.name, self.sign = name, sign
+
+    def score(self, frames, prompts, *, reference=None):
+        return self.sign * frames.flatten(1).mean(1)
+
+
+class Still(ToyReward):
+    """Pays for standing still."""
+
+    name = "still"
+
+    def score(self, frames, prompts, *, reference=None):
+        return -speed(frames)
+
+
+@pytest.fixture
+def fast(config):
+    return replace(config, learning_rate=3e-2, max_grad_norm=1.0, judged_latents=0, sample_count=5)
+
+
+def moving_square(pixels, contrast=0.8, count=6, size=24):
+    frames = torch.full((1, 3, count, size, size), 0.1)
+    for t in range(count):
+        frames[:, :, t, 8:16, 2 + pixels * t : 8 + pixels * t] += contrast
+    return frames
+
+
+def reading(step, reward, heldout=None, motion=1.0, detail=1.0):
+    clips = 4
+    heldout = {} if heldout is None else {"held out": [heldout + 0.01 * n for n in range(clips)]}
+    return Reading(step, [reward + 0.01 * n for n in range(clips)], heldout, [motion] * clips, [detail] * clips)
+
+
+def test_speed_is_that_of_what_moves_whatever_its_contrast():
+    slow, fast, pale = (speed(clip).item() for clip in (moving_square(1), moving_square(2), moving_square(1, 0.2)))
+    assert slow < fast
+    assert pale == pytest.approx(slow, rel=1e-3)
+    assert speed(moving_square(0)).item() < 1e-3
+    still = moving_square(0).requires_grad_()
+    speed(still).sum().backward()
+    assert still.grad.isfinite().all()
+
+
+def test_sharpness_tells_blur_and_texture():
+    clip = moving_square(1)
+    blurred = torch.nn.functional.avg_pool3d(clip, (1, 3, 3), 1, (0, 1, 1))
+    noisy = clip + 0.1 * torch.randn(clip.shape, generator=torch.Generator().manual_seed(0))
+    assert sharpness(blurred) < 0.5 * sharpness(clip) < 0.5 * sharpness(noisy)
+
+
+def test_the_best_step_is_the_highest_held_out_score_and_patience_ends_the_run():
+    guards = Guards(2, 0.9, "reward", ["prompts"])
+    rows = [(0, 0.5, 0.5), (10, 0.6, 0.6), (20, 0.7, 0.7), (30, 0.8, 0.6), (40, 0.9, 0.5)]
+    found = [guards.observe(reading(*row)) for row in rows]
+    assert [f.best for f in found] == [False, True, True, False, False]
+    assert [bool(f.stop) for f in found] == [False, False, False, False, True]
+    assert guards.best.step == 20
+    assert "rose by 0.4000" in guards.stopped
+    assert "held out fell by 0.2000" in guards.stopped
+    assert "step 20" in guards.stopped
+
+
+def test_one_bad_evaluation_is_forgiven():
+    guards = Guards(2, 0.9, "reward", [])
+    for step, heldout in ((0, 0.5), (1, 0.7), (2, 0.6), (3, 0.71), (4, 0.6)):
+        assert not guards.observe(reading(step, 0.5 + step / 10, heldout)).stop
+
+
+@pytest.mark.parametrize(("spoiled", "what"), [({"motion": 0.8}, "motion"), ({"detail": 1.7}, "texture")])
+def test_without_a_held_out_judge_motion_and_sharpness_decide(spoiled, what):
+    guards = Guards(2, 0.9, "reward", [])
+    guards.observe(reading(0, 0.5))
+    assert guards.observe(reading(1, 0.6)).best
+    spoiled_one = guards.observe(reading(2, 0.9, **spoiled))
+    assert not spoiled_one.best
+    assert what in spoiled_one.words[0]
+    assert guards.observe(reading(3, 0.95, **spoiled)).stop
+    assert guards.best.step == 1
+
+
+def test_a_reward_worse_than_the_base_has_no_best_step():
+    guards = Guards(0, 0.9, "reward", [])
+    found = [guards.observe(reading(step, value)) for step, value in ((0, 0.5), (1, 0.4), (2, 0.3))]
+    assert not any(f.best for f in found)
+
+
+def test_a_held_out_judge_stops_a_run_and_the_best_lora_is_kept(wan, fast, tmp_path):
+    """Towards brightness, watched by a judge of darkness: every gain is a loss, and the run ends itself."""
+    config = replace(fast, steps=30, patience=1, sample_every=4, motion_floor=0.0)
+    trainer = Trainer(wan, Bright(), PROMPTS, config, tmp_path / "run", heldout=[Bright("dark", -1.0)])
+    events = list(trainer)
+    assert events[-1].step < 30
+    assert "dark fell" in events[-1].stop
+    assert list(Trainer(wan, Bright(), PROMPTS, config, trainer.folder, heldout=[Bright("dark", -1.0)])) == []
+    unwatched = replace(config, guards="off", patience=0, steps=events[-1].step + 2)
+    assert len(list(Trainer(wan, Bright(), PROMPTS, unwatched, trainer.folder, heldout=[Bright("dark", -1.0)]))) == 2
+
+
+def test_the_best_lora_is_that_of_its_step(wan, fast, tmp_path):
+    """A judge that wants just the brightness there is after four steps."""
+
+    class Enough(Bright):
+        def score(self, frames, prompts, *, reference=None):
+            return -(super().score(frames, prompts) - torch.tensor([target[p] for p in prompts])).abs()
+
+    config = replace(fast, steps=8, patience=0, motion_floor=0.0, sample_every=4)
+    plain = list(Trainer(wan, Bright(), PROMPTS, replace(config, steps=4), tmp_path / "plain" / "run"))
+    target = dict(zip(PROMPTS, plain[-1].evaluation.rewards, strict=True))
+    trainer = Trainer(wan, Bright(), PROMPTS, config, tmp_path / "run", heldout=[Enough("enough")])
+    events = list(trainer)
+    best = [e.step for e in events if e.evaluation and e.evaluation.findings["best"]][-1]
+    assert best == 4
+    assert read_lora(best_path(trainer.lora_path)).metadata["step"] == str(best)
+    kept, made = read_lora(best_path(trainer.lora_path)), read_lora(tmp_path / "plain" / "run" / "run.safetensors")
+    assert all(torch.equal(kept.modules[key].up, made.modules[key].up) for key in made.modules)
+
+
+def test_standard_changes_no_step(wan, reward, config, tmp_path):
+    for preset in ("off", "standard"):
+        list(Trainer(wan, reward, PROMPTS, replace(config, guards=preset), tmp_path / preset / "run"))
+    same = [read_lora(tmp_path / preset / "run" / "run.safetensors").modules for preset in ("off", "standard")]
+    assert all(torch.equal(same[0][key].up, same[1][key].up) for key in same[0])
+
+
+def test_a_preset_is_overruled_setting_by_setting(wan):
+    careful = TrainConfig(guards="careful", backprop=TrainConfig.from_dict({"backprop": {"num_steps": 2}}).backprop)
+    filled = careful.for_model(wan.spec)
+    assert (filled.augment, filled.motion_guard, filled.anchor) == (2, 1.0, 0.0)
+    filled = replace(careful, augment=0, anchor=0.5).for_model(wan.spec)
+    assert (filled.augment, filled.motion_guard, filled.anchor) == (0, 1.0, 0.5)
+    with pytest.raises(ValueError, match="guards must be one of careful, standard, off"):
+        TrainConfig(guards="none")
+
+
+@pytest.mark.parametrize("latents", [0, 1])
+def test_the_motion_guard_keeps_what_the_reward_would_still(wan, fast, tmp_path, latents):
+    """With several judged frames through them, with one through the latents."""
+    config = replace(fast, steps=8, sample_every=0, judged_latents=latents, motion_floor=1.0)
+    left = {}
+    for weight in (1e-9, 30.0):
+        c = replace(config, motion_guard=weight)
+        events = list(Trainer(wan, Still() if latents == 0 else Bright(), PROMPTS, c, tmp_path / f"{weight}" / "run"))
+        assert events[1].motion == pytest.approx(1)  # an untrained LoRA is the base model
+        left[weight] = events[-1].motion
+    assert left[1e-9] < 0.95 < 0.99 < left[30.0]
+
+
+@pytest.mark.parametrize("view", [View(0), View(1)])
+def test_the_motion_penalty_has_the_gradient_of_its_loss(wan, view):
+    latents = torch.randn(2, 4, 2, 4, 4, generator=torch.Generator().manual_seed(0))
+    base = torch.randn(latents.shape, generator=torch.Generator().manual_seed(1)) * 2
+    walk = Walk(wan, None, 1.0)
+    with torch.no_grad():
+        guard = MotionGuard(2.0, 3.0, wan.decode(base) if view.several else base)
+    found = judge(walk, latents, Bright(), ["", ""], Objective(), view, guard)
+    plain = judge(walk, latents, Bright(), ["", ""], Objective(), view)
+    inner = latents.clone().requires_grad_()
+    penalty = guard(wan.decode(inner) if view.several else inner)
+    penalty.backward()
+    assert penalty > 0
+    torch.testing.assert_close(found.gradient - plain.gradient, inner.grad, rtol=1e-3, atol=1e-6)
+    assert found.loss - plain.loss == pytest.approx(penalty.item(), rel=1e-4)
+    assert found.motion == pytest.approx(
+        float(guard.ratio(wan.decode(latents) if view.several else latents).mean()), rel=1e-3
+    )
+
+
+def test_an_adaptive_anchor_holds_the_distance(wan, fast, tmp_path):
+    config = replace(fast, steps=16, sample_every=0, anchor=1.0, judged_latents=1)
+    free = list(Trainer(wan, Bright(), PROMPTS, replace(config, anchor=1e-9), tmp_path / "free" / "run"))
+    target = free[-1].drift / 10
+    held = list(Trainer(wan, Bright(), PROMPTS, replace(config, anchor_target=target), tmp_path / "held" / "run"))
+    assert held[-1].drift < free[-1].drift / 2
+    assert held[-1].anchor != held[1].anchor == 1.0
+    steered = Guards(0, 0.9, "reward", [])
+    for _ in range(3):
+        steered.steer_anchor(1.0, 0.1, 0.2)
+    assert steered.anchor_weight(1.0, 0.1) == pytest.approx(1.1**3)
+    steered.steer_anchor(1.0, 0.1, 0.0)
+    assert steered.anchor_weight(1.0, 0.1) == pytest.approx(1.1**2)
+    assert steered.anchor_weight(1.0, 0.0) == 1.0
+
+
+def test_everything_survives_a_resume(wan, fast, tmp_path):
+    """Anchor, best step and patience: a run left in the middle ends as the one that was not."""
+    config = replace(fast, steps=6, sample_every=3, anchor=1.0, anchor_target=1e-6, motion_guard=1.0, augment=2)
+    judges = {"heldout": [Bright("dark", -1.0)]}
+    whole = Trainer(wan, Bright(), PROMPTS, config, tmp_path / "whole" / "run", **judges)
+    first = list(whole)
+    part = Trainer(wan, Bright(), PROMPTS, config, tmp_path / "part" / "run", **judges)
+    with closing(iter(part)) as events:
+        for event in events:
+            if event.step == 4:
+                break
+    rest = list(Trainer(wan, Bright(), PROMPTS, config, part.folder, **judges))
+    assert [e.anchor for e in rest] == [e.anchor for e in first[5:]]
+    assert rest[-1].stop == first[-1].stop
+    assert whole.lora_path.read_bytes() == part.lora_path.read_bytes()
+    assert states(whole) == states(part)
+
+
+def test_an_evaluation_that_was_cancelled_is_made_up_for(wan, fast, tmp_path):
+    config = replace(fast, steps=2, sample_every=1, save_every=1, judged_latents=1)
+    whole = Trainer(wan, Bright(), PROMPTS, config, tmp_path / "whole" / "run")
+    list(whole)
+    part = Trainer(wan, Bright(), PROMPTS, config, tmp_path / "part" / "run")
+    evaluate = part.evaluate
+
+    def cancelled():
+        if list_checkpoints(part.folder):
+            raise KeyboardInterrupt
+        return evaluate()
+
+    part.evaluate = cancelled
+    with pytest.raises(KeyboardInterrupt):
+        list(part)
+    list(Trainer(wan, Bright(), PROMPTS, config, part.folder))
+    assert states(whole) == states(part)
+    logs = [[json.loads(line) for line in (t.folder / "log.jsonl").read_text().splitlines()] for t in (whole, part)]
+    assert [r.get("evaluation") for r in logs[0]] == [r.get("evaluation") for r in logs[1]]
+
+
+def states(trainer):
+    from safetensors import safe_open
+
+    with safe_open(list_checkpoints(trainer.folder)[-1], "pt") as file:
+        return json.loads(file.metadata()["progress"])["guards"]
+
+
+def test_views_starve_a_pattern_and_feed_what_is_seen_from_everywhere():
+    """A judge of brightness that also falls for one exact pattern of pixels."""
+    size = 32
+    pattern = torch.randn(3, 1, size, size, generator=torch.Generator().manual_seed(3)).sign()
+
+    def score(clips):
+        return 3 * clips.mean((1, 2, 3, 4)) + 3 * (clips * pattern).mean((1, 2, 3, 4))
+
+    def gained(views):
+        frames = torch.full((2, 3, 2, size, size), 0.5)
+        for step in range(10):
+            frames.requires_grad_()
+            shown = [augmented(frames, 100 * step + n) for n in range(views)] or [frames]
+            (found,) = torch.autograd.grad(sum(map(score, shown)).sum(), frames)
+            frames = frames.detach() + 0.1 * found / found.norm()
+        change = frames - 0.5
+        return change.mean().item(), (change * pattern).mean().item()
+
+    (bright, fooled), (bright_views, fooled_views) = gained(0), gained(4)
+    assert fooled_views < 0.4 * fooled
+    assert bright_views > bright
+
+
+def test_a_view_is_its_seeds_and_the_same_in_every_frame():
+    clip = torch.rand(2, 3, 1, 24, 32, generator=torch.Generator().manual_seed(0)).expand(2, 3, 4, 24, 32)
+    view = augmented(clip, 5)
+    assert torch.equal(view, augmented(clip, 5))
+    assert not torch.equal(view, augmented(clip, 6))
+    assert view.shape == clip.shape
+    assert 0 <= view.min() <= view.max() <= 1
+    assert speed(view).max() < 0.5 * speed(torch.rand(2, 3, 4, 24, 32)).min()  # the noise alone moves
+
+
+def test_the_judge_is_shown_as_many_views_as_were_asked_for(wan):
+    calls = []
+
+    class Counting(Bright):
+        def score(self, frames, prompts, *, reference=None):
+            calls.append(frames.detach().clone())
+            return super().score(frames, prompts)
+
+    latents = torch.randn(1, 4, 1, 4, 4, generator=torch.Generator().manual_seed(0))
+    verdict = judge(Walk(wan, None, 1.0), latents, Counting(), [""], Objective(), View(1, seed=3, augment=3))
+    assert len(calls) == 3
+    assert verdict.rewards.item() == pytest.approx(sum(c.mean().item() for c in calls) / 3)
+    assert not torch.equal(calls[0], calls[1])
+
+
+def test_conflicts_of_a_mixture(wan, fast, tmp_path):
+    frames = torch.rand(2, 3, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    against = Mixture([Bright(), Bright("dark", -1.0)], [1.0, 0.5])
+    assert conflicts(against, frames, ["", ""]) == {"bright, dark": pytest.approx(-1)}
+    pushed_down = Mixture([Bright(), Bright("dark", -1.0)], [1.0, -0.5])
+    assert conflicts(pushed_down, frames, ["", ""]) == {"bright, dark": pytest.approx(1)}
+    assert conflicts(Bright(), frames, ["", ""]) == {}
+    config = replace(fast, steps=2, accumulation=2)
+    trainer = Trainer(wan, against, PROMPTS, config, tmp_path / "run")
+    list(trainer)
+    records = [json.loads(line) for line in (trainer.folder / "log.jsonl").read_text().splitlines()]
+    assert [r.get("conflicts") for r in records] == [None, None, {"bright, dark": pytest.approx(-1)}]
