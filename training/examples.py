@@ -156,15 +156,15 @@ def check_examples(examples: Sequence[Example], what: str, spec: ModelSpec, rewa
         spec: Of the model.
         reward: That judges.
     """
-    for name in ("start_image", "end_image"):
-        having, plain = sum(name in example.pictures for example in examples), name.replace("_", " ")
+    for name, plain in (("start_image", "a start image"), ("end_image", "an end image")):
+        having = sum(name in example.pictures for example in examples)
         if having and not spec.image_to_video:
             raise ValueError(
-                f"{spec.name} is a text-to-video model, and {having} of {len(examples)} {what} have a {plain}; "
+                f"{spec.name} is a text-to-video model, and {having} of {len(examples)} {what} have {plain}; "
                 "take an image-to-video model, or leave the images out"
             )
         if 0 < having < len(examples):
-            raise ValueError(f"{having} of {len(examples)} {what} have a {plain}; give one to all of them or to none")
+            raise ValueError(f"{having} of {len(examples)} {what} have {plain}; give one to all of them or to none")
     lacking = sum(example.reference is None for example in examples)
     if "reference" in reward.needs and lacking:
         raise ValueError(
