@@ -1,5 +1,6 @@
 """Wan against its publisher's numbers (``tests/fixtures``) and against diffusers, and loading from either layout."""
 
+import dataclasses
 import json
 import math
 from pathlib import Path
@@ -374,6 +375,40 @@ def test_variants_we_cannot_run_are_refused(tmp_path):
     save_file(whole | {"ref_conv.weight": torch.zeros(1)}, weights)
     with pytest.raises(WeightFileError, match=r"has unknown ref_conv\.weight; it is probably another variant"):
         load_video_model(tmp_path, text=False)
+
+
+@pytest.mark.parametrize(("layout", "allowed"), [("2.1 files i2v", 1e-3), ("2.2 files t2v pair", 0.07)])
+def test_single_files_give_the_weights_they_were_made_of(tmp_path, layout, allowed):
+    """To half precision, or, unpacked from float8 with three bits of mantissa, to a sixteenth."""
+    family.write(tmp_path, layout)
+    model = load_video_model(family.open_files(tmp_path), dtype="float32", text=False)
+    image = {"in_dim": 36, "image_dim": shapes.TINY_CLIP["dim"]} if "i2v" in layout else {}
+    named = shapes.transformer_shapes(**shapes.TINY_SINGLE, **image)
+    for seed, network in zip((1, 11), model.denoisers.values(), strict=False):
+        original = wan_keys.convert_transformer(fill(named, seed))
+        for name, tensor in network.state_dict().items():
+            assert (tensor - original[name]).abs().max() <= allowed * original[name].abs().max(), name
+
+
+def test_a_text_encoder_without_its_tokenizer_is_refused_in_a_sentence(tmp_path):
+    family.write(tmp_path, "2.1 files i2v")
+    files = family.open_files(tmp_path)
+    tensors = {name: tensor.clone() for name, tensor in load_file(files.text).items()}
+    save_file({name: tensor for name, tensor in tensors.items() if name != "spiece_model"}, files.text)
+    with pytest.raises(WeightFileError, match=r"has no tokenizer inside \(spiece_model\); take ComfyUI's"):
+        load_video_model(files)
+    save_file(tensors | {"spiece_model": torch.zeros(9, dtype=torch.uint8)}, files.text)
+    with pytest.raises(WeightFileError, match="the tokenizer inside .* is damaged"):
+        load_video_model(files)
+
+
+def test_single_files_without_clip_say_so_when_an_image_comes(tmp_path):
+    family.write(tmp_path, "2.1 files i2v")
+    model = load_video_model(dataclasses.replace(family.open_files(tmp_path), clip_vision=None), text=False)
+    shape = model.spec.latent_shape(32, 32, 5)
+    model.conditioning([torch.zeros(1, 24)], None, shape)
+    with pytest.raises(WeightFileError, match="give clip_vision_h.safetensors too"):
+        model.conditioning([torch.zeros(1, 24)], None, shape, start_image=torch.zeros(1, 3, 32, 32))
 
 
 # Conditioning and batches

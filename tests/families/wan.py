@@ -16,6 +16,7 @@ from . import WORDS, write_json, write_shards, write_word_tokenizer
 from .wan_shapes import (
     TINY,
     TINY_CLIP,
+    TINY_SINGLE,
     TINY_TEXT,
     TINY_VAE,
     TINY_VAE_22,
@@ -137,12 +138,7 @@ def _write_files(folder: Path, variant: str, *, pair: bool) -> None:
     for name in FOLDERS:
         (folder / name).mkdir()
     diffusion, text, vae, clip = (folder / name for name in FOLDERS)
-    # Without a config.json heads have 128 channels.
-    sizes = (
-        TINY
-        | {"dim": 128, "num_heads": 1}
-        | {"i2v": {"in_dim": 36}, "ti2v": {"in_dim": 48, "out_dim": 48}}.get(variant, {})
-    )
+    sizes = TINY_SINGLE | {"i2v": {"in_dim": 36}, "ti2v": {"in_dim": 48, "out_dim": 48}}.get(variant, {})
     seeds = (
         {"wan2.2_t2v_high_noise_fp8_scaled": 1, "wan2.2_t2v_low_noise_fp8_scaled": 11}
         if pair

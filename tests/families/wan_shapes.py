@@ -14,6 +14,8 @@ from torch import Tensor
 Shapes = dict[str, tuple[int, ...]]
 
 TINY = {"dim": 48, "ffn_dim": 64, "freq_dim": 32, "text_dim": 24, "num_heads": 2, "num_layers": 2}
+TINY_SINGLE = TINY | {"dim": 128, "num_heads": 1}
+"""Without a config.json heads have 128 channels."""
 TINY_VAE = {"dim": 4, "z_dim": 16, "dim_mult": (1, 2, 2, 2), "num_res_blocks": 1, "temporal": (False, True, True)}
 TINY_VAE_22 = {
     "dim": 8, "decoder_dim": 4, "z_dim": 48, "dim_mult": (1, 2, 2), "num_res_blocks": 1, "temporal": (True, True),
