@@ -16,7 +16,7 @@ from ..lora.adapter import applied
 from ..training.checkpoint import list_checkpoints
 from ..training.config import TrainConfig
 from ..training.distributed import joined
-from ..training.prompts import read_prompts
+from ..training.examples import read_examples
 from ..training.trainer import Trainer
 from ..video_models import BUILTIN
 from .shared import DType, builtin_or_given, find_reward, open_model, parse_lora, pick_device, plain_name, read_recipe
@@ -36,8 +36,13 @@ class Train:
         download: Fetch the model into `models/video_models` if it is a published one that is not there.
         reward: What the LoRA should make better: a name, or your own as `file.py:NAME`.
         reward_path: Folder of the reward model's files.
-        prompts: Text file, one prompt a line, or .jsonl with `prompt`.
-        sample_prompts: Prompts for the evaluations on fixed seeds; the first training prompts if not given.
+        heldout: A reward that is not trained on and tells the guards what the trained one is worth, spelled like it
+            (and with its own `path=`); may be repeated.
+        prompts: Text file, one prompt a line; .jsonl with `prompt` and perhaps `start_image`, `end_image` and
+            `reference`; a folder with clips or pictures and a metadata.csv of `video,prompt` or `image,prompt`; or a
+            folder of pictures or clips with prompts in .txt files of their names. A clip's first frame starts the
+            video, and the reward may compare the video with the clip.
+        sample_prompts: The same for the evaluations on fixed seeds; the first training prompts if not given.
         recipe: A recipe's name or YAML file: settings that other flags then change. The built-in model has one.
         lora: LoRA to keep applied while training, PATH or PATH:STRENGTH; may be repeated.
         device: `auto`, `cpu`, `cuda`, `cuda:1`.
@@ -52,6 +57,7 @@ class Train:
     download: bool = False
     reward: str = "tiny_clip"
     reward_path: Path | None = None
+    heldout: UseAppendAction[tuple[str, ...]] = ()
     prompts: Path | None = None
     sample_prompts: Path | None = None
     recipe: str = ""
@@ -65,7 +71,7 @@ class Train:
         from tqdm import tqdm
 
         prompts = builtin_or_given(self.prompts, self.model)
-        sample_prompts = read_prompts(self.sample_prompts) if self.sample_prompts else ()
+        sample_prompts = read_examples(self.sample_prompts) if self.sample_prompts else ()
         folder = self.output_dir / plain_name(self.name)
         uses = [parse_lora(text) for text in self.lora]
         device = pick_device(self.device)
@@ -81,6 +87,7 @@ class Train:
             for line in reports:
                 say(line)
             trainer = Trainer(model, reward, prompts, self.config, folder, sample_prompts=sample_prompts, group=group,
+                              heldout=[find_reward(text, None, "cpu") for text in self.heldout],
                               device=device, cache=self.output_dir / "text-cache")  # fmt: skip
             say(f"{trainer.config.steps} steps of {model.spec.name} towards {reward.name}, files in {folder}")
             if group.size > 1:
@@ -94,7 +101,7 @@ class Train:
                     say(f"\nstopped; run the same command to go on. LoRA so far: {trainer.lora_path}")
                     return 130
         paths = ", ".join(map(str, trainer.lora_paths.values()))
-        say(f"LoRA: {paths}\ncurve: {folder / 'reward.png'}\nvideos: {folder / 'samples'}")
+        say(f"LoRA: {paths}\nreport: {folder / 'report.html'}\nvideos: {folder / 'samples'}")
         return 0
 
     def _follow(self, trainer: Trainer, bar: Any) -> None:
@@ -104,6 +111,8 @@ class Train:
                 bar.set_postfix_str(describe(event))
                 if event.evaluation:
                     bar.write(f"step {event.step}: reward {event.evaluation.reward:.4f} on fixed prompts and seeds")
+                if event.stop:
+                    bar.write(event.stop)
                 if event.skipped:
                     bar.write(f"step {event.step} skipped: {event.skipped}")
 

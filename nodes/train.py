@@ -67,6 +67,12 @@ class TrainRewardLora(io.ComfyNode):
                     optional=True,
                     tooltip="Any other setting as YAML, such as 'weight_decay: 0.01'; the help page lists them.",
                 ),
+                RewardType.Input(
+                    "heldout_reward",
+                    optional=True,
+                    tooltip="A reward that is not trained on: the guards stop the run when it falls while the trained "
+                    "one rises, and keep the LoRA at which it is highest.",
+                ),
             ],
             outputs=[
                 LoraType.Output("lora", display_name="lora", tooltip="For Apply and Save Reward LoRA."),
@@ -103,6 +109,7 @@ class TrainRewardLora(io.ComfyNode):
         prompt_file: str = "",
         sample_prompts: str = "",
         advanced: str = "",
+        heldout_reward: LoadedReward | None = None,
         **widgets,
     ) -> io.NodeOutput:
         with engine():
@@ -111,6 +118,7 @@ class TrainRewardLora(io.ComfyNode):
                 texts += read_prompts(folders.prompt_path(prompt_file))
             if not texts:
                 raise ValueError("training needs at least one prompt; write them one a line, or give a prompt file")
+            heldout = [heldout_reward] if heldout_reward else []
             config = train_widgets.config_from(widgets, advanced).for_model(video_model.model.spec)
-            run = TrainingRun(video_model, reward, texts, split_lines(sample_prompts), config, prefix)
+            run = TrainingRun(video_model, reward, texts, split_lines(sample_prompts), config, prefix, heldout)
             return run.execute(Progress(config.steps, cls.hidden.unique_id))

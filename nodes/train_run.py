@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 from contextlib import closing
 from copy import copy
 from dataclasses import replace
@@ -43,6 +44,7 @@ class TrainingRun:
         samples: To evaluate on; the first training prompts if there are none.
         config: Settings with every default filled in.
         prefix: Start of the folder's name.
+        heldout: Rewards that are not trained on and tell the guards what the trained one is worth.
     """
 
     def __init__(
@@ -53,9 +55,11 @@ class TrainingRun:
         samples: list[str],
         config: TrainConfig,
         prefix: str,
+        heldout: Sequence[LoadedReward] = (),
     ) -> None:
         self.loaded, self.prompts, self.config = loaded, prompts, config
         self.reward = replace(reward, reward=copy(reward.reward))  # what a mixture learns of its terms stays here
+        self.heldout = [judge.reward for judge in heldout]
         self.samples = (samples or prompts)[: config.sample_count]
         self.folder = self._choose_folder(folders.check_prefix(prefix), samples)
         self.first: Evaluation | None = None
@@ -83,6 +87,7 @@ class TrainingRun:
                 config,
                 self.folder,
                 sample_prompts=self.samples,
+                heldout=self.heldout,
                 device=device,
                 cache=cache,
                 tick=progress,
@@ -94,7 +99,8 @@ class TrainingRun:
         overview = write_png(self.folder / "overview.png", picture)
         summary = self._summary(made, seconds, skipped)
         progress.show(config.steps, picture, summary)  # the last live preview stays on the node
-        kept = [*trainer.lora_paths.values(), self.folder / "reward.png", self.folder / "log.jsonl"]
+        kept = [self.folder / "report.html", *trainer.lora_paths.values(), *trainer.kept_paths]
+        kept += [self.folder / "reward.png", self.folder / "log.jsonl"]
         for index in range(min(SHOWN, len(self.samples))):
             videos = sorted((self.folder / "samples").glob(f"{index:02d}-step-*.mp4"))
             kept += videos[:1] + videos[1:][-1:]  # before any step, and the newest
@@ -157,6 +163,9 @@ class TrainingRun:
         if len(rewards) > 1:
             name = self.reward.reward.name
             text += f"; {name} on {len(self.samples)} fixed prompts {rewards[0]:.4f} -> {rewards[-1]:.4f}"
+        stop = next((record["stop"] for record in reversed(records) if record.get("stop")), "")
+        if stop and self.config.patience:
+            text += f"; {stop}"
         if skipped:
             text += f"; {skipped} steps skipped, see log.jsonl"
         return f"{text}; files in output/{folders.listed(self.folder / 'log.jsonl')[0]['subfolder']}"

@@ -67,6 +67,7 @@ def test_a_hacked_run_is_told_with_its_cost_and_what_to_use():
         "use step 300 (run_best.safetensors), and try strength 0.7 first."
     )
     assert others == []
+    assert "train 300 steps instead" in advice(RunLog.of(HACKED), "run", kept=False)[0]
 
 
 def test_a_good_run_is_told_so_and_an_unproven_one_too():

@@ -82,8 +82,14 @@ class RunLog:
         return sorted(wanted)
 
 
-def advice(log: RunLog, name: str) -> list[str]:
-    """What to use, and warnings, in words; the first says what to use."""
+def advice(log: RunLog, name: str, kept: bool = True) -> list[str]:
+    """What to use, and warnings, in words; the first says what to use.
+
+    Args:
+        log: The run's.
+        name: Of the run and its LoRA.
+        kept: Whether the best step's LoRA was saved.
+    """
     if len(log.evaluations) < 2:
         return ["There are not yet two evaluations to compare."]
     last, best = log.evaluations[-1], log.at(log.best)
@@ -98,7 +104,9 @@ def advice(log: RunLog, name: str) -> list[str]:
         f"{what} {'rose' if guards[what] > 1 else 'fell'} to {guards[what]:.2f} of the base"
         for what in guards["unsound"]
     ]
-    use = f"use step {best['step']} ({name}_best.safetensors)" if best else "do not use this LoRA at full strength"
+    use = "do not use this LoRA at full strength"
+    if best:
+        use = f"use step {best['step']} ({name}_best.safetensors)" if kept else f"train {best['step']} steps instead"
     words = []
     if costs or (best is not last and guards["words"]):
         cost = " and ".join(costs) or "it was better before"
@@ -178,7 +186,7 @@ def page(
     """
     log = RunLog.of(records)
     step = records[-1]["step"] if records else 0
-    said = advice(log, name)
+    said = advice(log, name, bool(config.get("keep_best")))
     warns = "while" in said[0] or "No evaluation" in said[0]
     parts = [
         f"<h1>{escape(name)}</h1><p class=sub>{escape(reward)}, step {step} of {config.get('steps', step)}</p>",

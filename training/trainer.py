@@ -107,6 +107,11 @@ class Trainer:
         """The LoRA, or with several networks that of the first."""
         return next(iter(self.lora_paths.values()))
 
+    @property
+    def kept_paths(self) -> list[Path]:
+        """The LoRAs of the best evaluation that are there."""
+        return [path for path in map(best_path, self.lora_paths.values()) if path.is_file()]
+
     def evaluate(self) -> Evaluation:
         """The evaluation prompts on their fixed seeds, sampled and scored with the model as it is now."""
         return self._learner.evaluate(self.samples, self._heldout)
