@@ -15,7 +15,7 @@ from ..lora.files import read_lora
 from ..reward_models import load_reward
 from ..reward_models.protocol import Reward
 from ..reward_models.spelling import parse
-from ..training.prompts import read_prompts
+from ..training.examples import Example, read_examples
 from ..video_models import BUILTIN, load_video_model
 from ..video_models.protocol import VideoModel
 
@@ -131,10 +131,12 @@ def plain_name(name: str) -> str:
     return name
 
 
-def builtin_or_given(prompts: Path | None, model: str) -> list[str]:
+def builtin_or_given(prompts: Path | None, model: str) -> list[Example]:
     if prompts is None and model != BUILTIN:
-        raise ValueError("give --prompts FILE: a text file with one prompt a line")
-    return read_prompts(prompts or ROOT / "assets" / "prompts_train.txt")
+        raise ValueError(
+            "give --prompts FILE: a text file with one prompt a line, or a folder of pictures with prompts"
+        )
+    return read_examples(prompts or ROOT / "assets" / "prompts_train.txt")
 
 
 def read_recipe(name: str) -> dict[str, Any]:
