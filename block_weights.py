@@ -50,9 +50,10 @@ def in_float8(network: nn.Module) -> Iterator[None]:
     with ExitStack() as undo:
         for block in blocks_of(network):
             scales: dict[Tensor, tuple[Tensor, torch.dtype]] = {}
-            for module in block.modules():
+            linears = (m for name, m in block.named_modules() if isinstance(m, nn.Linear) and ".lora_" not in name)
+            for module in linears:  # LoRAs are small, and their rounding would be seen
                 for parameter in module.parameters(recurse=False):
-                    if isinstance(module, nn.Linear) and not parameter.requires_grad and parameter.ndim == 2:
+                    if not parameter.requires_grad and parameter.ndim == 2:
                         undo.callback(_restore, parameter, parameter.data.to("cpu"))
                         stored, scale = quantise(parameter.data)
                         scales[parameter] = (scale, parameter.dtype)

@@ -274,6 +274,26 @@ def test_a_base_in_eight_bits_takes_a_lora_and_keeps_its_bits(wan, predict, path
     torch.testing.assert_close(predict(), with_lora, rtol=1e-3, atol=1e-4)
 
 
+def test_a_base_stored_in_eight_bits_block_by_block_leaves_the_lora_exact(wan, predict, path):
+    from reward_lora.block_weights import in_float8
+
+    base = predict()
+    with applied(wan, [LoraUse(read_lora(path), 1.0)]):
+        exact = predict()
+        with in_float8(wan.transformer):
+            linear = wan.transformer.blocks[0].attn1.to_q
+            assert linear.base_layer.weight.dtype == torch.float8_e4m3fn
+            assert {linear.lora_A["lora_0"].weight.dtype, linear.lora_B["lora_0"].weight.dtype} == {torch.float32}
+            stored = predict()
+    with in_float8(wan.transformer):
+        rounded = predict()
+        with applied(wan, [LoraUse(read_lora(path), 1.0)]):  # put in after as well as before
+            torch.testing.assert_close(predict(), stored, rtol=1e-4, atol=1e-5)
+        assert torch.equal(predict(), rounded)
+    assert float((stored - exact).norm()) < 0.3 * float((exact - base).norm())
+    assert torch.equal(predict(), base)
+
+
 # CogVideoX's two generations share their names
 
 
