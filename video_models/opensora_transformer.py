@@ -7,7 +7,8 @@ at v1.2.0 and its report.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -53,6 +54,10 @@ class STDiT3Config:
     @property
     def out_channels(self) -> int:
         return self.in_channels * (2 if self.pred_sigma else 1)
+
+    def to_dict(self) -> dict[str, Any]:
+        """For peft, whose older releases ask networks so."""
+        return asdict(self)
 
 
 class NumberEmbedder(nn.Module):

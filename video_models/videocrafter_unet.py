@@ -6,7 +6,8 @@ misspelt ``temopral_conv``. Paper: arXiv 2401.09047.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -49,6 +50,10 @@ class UNetConfig:
     transformer_depth: int = 1
     temporal_transformer_depth: int = 1
     context_dim: int = 1024
+
+    def to_dict(self) -> dict[str, Any]:
+        """For peft, whose older releases ask networks so."""
+        return asdict(self)
 
 
 @dataclass(frozen=True)
