@@ -3,14 +3,23 @@
 from __future__ import annotations
 
 import hashlib
+from dataclasses import replace
 
 from comfy_api.latest import io
+from torch import Tensor
 
-from ..training.prompts import read_prompts
+from ..training.examples import as_examples, read_examples
 from . import folders, train_widgets
-from .bridge import Progress, engine
+from .bridge import Progress, engine, to_frames
 from .train_run import TrainingRun
 from .types import LoadedModel, LoadedReward, LoraType, RewardType, VideoModelType
+
+PICTURES = {
+    "start_image": "What the video begins with, for every prompt that brings no start image of its own.",
+    "end_image": "What the video ends with, for every prompt that brings no end image of its own.",
+    "reference": "A picture or clip that the reward compares the videos with, such as a person's face, for every "
+    "prompt that brings none of its own. Of a clip, the first frame is left out.",
+}
 
 
 def split_lines(text: str) -> list[str]:
@@ -47,8 +56,9 @@ class TrainRewardLora(io.ComfyNode):
                     "prompt_file",
                     default="",
                     optional=True,
-                    tooltip="More prompts, from a .txt (one a line) or .jsonl file in the input folder or by its path. "
-                    "'builtin' holds those of the built-in model's world.",
+                    tooltip="More prompts, by a path or its name in the input folder: a .txt (one a line), a .jsonl, "
+                    "or a folder of clips or pictures with a metadata.csv of video,prompt or image,prompt, or with a "
+                    ".txt beside each. 'builtin' holds those of the built-in model's world.",
                 ),
                 io.String.Input(
                     "sample_prompts",
@@ -73,6 +83,7 @@ class TrainRewardLora(io.ComfyNode):
                     tooltip="A reward that is not trained on: the guards stop the run when it falls while the trained "
                     "one rises, and keep the LoRA at which it is highest.",
                 ),
+                *(io.Image.Input(name, optional=True, tooltip=about) for name, about in PICTURES.items()),
             ],
             outputs=[
                 LoraType.Output("lora", display_name="lora", tooltip="For Apply and Save Reward LoRA."),
@@ -95,9 +106,14 @@ class TrainRewardLora(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, prompt_file: str = "", **_others) -> str:
-        """A prompt file that was edited is read again."""
+        """A prompt file that was edited, or a folder in which a file was, is read again."""
         path = folders.prompt_path(prompt_file or "")
-        return hashlib.sha256(path.read_bytes()).hexdigest() if prompt_file and path.is_file() else ""
+        if not prompt_file or not path.exists():
+            return ""
+        if path.is_file():
+            return hashlib.sha256(path.read_bytes()).hexdigest()
+        files = sorted((str(file), file.stat().st_mtime_ns) for file in path.rglob("*") if file.is_file())
+        return hashlib.sha256(repr(files).encode()).hexdigest()
 
     @classmethod
     def execute(
@@ -110,15 +126,24 @@ class TrainRewardLora(io.ComfyNode):
         sample_prompts: str = "",
         advanced: str = "",
         heldout_reward: LoadedReward | None = None,
+        start_image: Tensor | None = None,
+        end_image: Tensor | None = None,
+        reference: Tensor | None = None,
         **widgets,
     ) -> io.NodeOutput:
         with engine():
-            texts = split_lines(prompts)
+            given = {"start_image": start_image, "end_image": end_image, "reference": reference}
+            pictures = {name: to_frames(images)[0] for name, images in given.items() if images is not None}
+            examples = as_examples(split_lines(prompts))
             if prompt_file.strip():
-                texts += read_prompts(folders.prompt_path(prompt_file))
-            if not texts:
+                examples += read_examples(folders.prompt_path(prompt_file))
+            if not examples:
                 raise ValueError("training needs at least one prompt; write them one a line, or give a prompt file")
             heldout = [heldout_reward] if heldout_reward else []
             config = train_widgets.config_from(widgets, advanced).for_model(video_model.model.spec)
-            run = TrainingRun(video_model, reward, texts, split_lines(sample_prompts), config, prefix, heldout)
+            examples, samples = (
+                [replace(example, **pictures | example.pictures) for example in some]
+                for some in (examples, as_examples(split_lines(sample_prompts)))
+            )
+            run = TrainingRun(video_model, reward, examples, samples, config, prefix, heldout)
             return run.execute(Progress(config.steps, cls.hidden.unique_id))

@@ -23,6 +23,7 @@ from ..lora.files import LoraFile, read_lora
 from ..training.checkpoint import list_checkpoints
 from ..training.config import TrainConfig
 from ..training.events import Evaluation, StepEvent
+from ..training.examples import Example
 from ..training.media import contact_sheet, write_png
 from ..training.run_folder import SHOWN
 from ..training.trainer import Trainer
@@ -40,7 +41,7 @@ class TrainingRun:
     Args:
         loaded: The model and the LoRAs that stay applied.
         reward: What shall rise.
-        prompts: To train on.
+        prompts: To train on, with or without pictures.
         samples: To evaluate on; the first training prompts if there are none.
         config: Settings with every default filled in.
         prefix: Start of the folder's name.
@@ -51,8 +52,8 @@ class TrainingRun:
         self,
         loaded: LoadedModel,
         reward: LoadedReward,
-        prompts: list[str],
-        samples: list[str],
+        prompts: list[Example],
+        samples: list[Example],
         config: TrainConfig,
         prefix: str,
         heldout: Sequence[LoadedReward] = (),
@@ -65,9 +66,10 @@ class TrainingRun:
         self.first: Evaluation | None = None
         self.last: Evaluation | None = None
 
-    def _choose_folder(self, prefix: Path, samples: list[str]) -> Path:
+    def _choose_folder(self, prefix: Path, samples: list[Example]) -> Path:
         """The same settings always meet the same folder, and so their own checkpoint."""
-        what = [self.config.decisive(), self.loaded.fingerprint(), self.reward.identity, self.prompts, samples]
+        told = [[example.identity for example in some] for some in (self.prompts, samples)]
+        what = [self.config.decisive(), self.loaded.fingerprint(), self.reward.identity, *told]
         digits = hashlib.sha256(canonical_json(what).encode()).hexdigest()[:8]
         folder = prefix.with_name(f"{prefix.name}_{digits}")
         newest = list_checkpoints(folder)[-1:]
@@ -151,7 +153,8 @@ class TrainingRun:
         rows = [(name, clips) for name, clips in (("before", before), (label, after)) if clips is not None]
         if not rows:
             return curve
-        sheet = contact_sheet([clips for _, clips in rows], [name for name, _ in rows], self.samples[:SHOWN])
+        labels = [sample.prompt for sample in self.samples[:SHOWN]]
+        sheet = contact_sheet([clips for _, clips in rows], [name for name, _ in rows], labels)
         height = round(sheet.shape[0] * curve.shape[1] / sheet.shape[1])
         sheet = np.asarray(Image.fromarray(sheet).resize((curve.shape[1], height), Image.Resampling.LANCZOS))
         return np.concatenate([curve, sheet])
