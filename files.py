@@ -69,7 +69,7 @@ def _check_safetensors(path: Path) -> None:
         file.seek(8)
         header = file.read(length)
     try:
-        entries = json.loads(header)
+        entries = json.loads(header, object_pairs_hook=_named_once)
         ends = (operator.index(entry["data_offsets"][1]) for name, entry in entries.items() if name != "__metadata__")
         end = max(ends, default=0)
     except (ValueError, TypeError, KeyError, IndexError, RecursionError):
@@ -79,6 +79,13 @@ def _check_safetensors(path: Path) -> None:
     if size < 8 + length + end:
         needed = f"of {8 + length + end} " if end else ""
         raise WeightFileError(f"{path} is truncated ({size} {needed}bytes are there); download it again")
+
+
+def _named_once(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    named = dict(pairs)
+    if len(named) < len(pairs):
+        raise ValueError("a name is given twice")
+    return named
 
 
 def read_pickle(path: Path | str) -> dict[str, Tensor]:

@@ -228,6 +228,7 @@ HOSTILE = {
     "endless tensor.safetensors": lambda: header({"a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 1 << 62]}}),
     "words for offsets.safetensors": lambda: header({"a": {"dtype": "F32", "shape": [1], "data_offsets": ["", "z"]}}),
     "list for a tensor.safetensors": lambda: header({"a": [1, 2]}),
+    "a tensor named twice.safetensors": lambda: twice(save(pair())),
     "zip bomb.pt": lambda: bomb({"a/data.pkl": bytes(1 << 28), "a/version": b"3"}, zipfile.ZIP_DEFLATED),
     "no torch zip.pt": lambda: bomb({"a.txt": b"x"}, zipfile.ZIP_STORED),
     "stretched view.pt": stretched,
@@ -240,6 +241,15 @@ HOSTILE = {
 def header(entries):
     text = json.dumps(entries).encode()
     return struct.pack("<Q", len(text)) + text
+
+
+def twice(content):
+    """A sound file whose header gives its first tensor two times."""
+    length = struct.unpack("<Q", content[:8])[0]
+    text = content[8 : 8 + length].decode().strip()
+    first = text[1:].partition("},")[0] + "}"
+    text = f"{text[:-1]},{first}}}".encode()
+    return struct.pack("<Q", len(text)) + text + content[8 + length :]
 
 
 @pytest.mark.parametrize("case", HOSTILE)
