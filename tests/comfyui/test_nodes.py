@@ -92,7 +92,7 @@ def test_workflow_runs(comfyui, name):
     assert files
     assert all(file.is_file() for file in files)
     if name == "train_reward_lora":
-        assert {".safetensors", ".png", ".jsonl", ".mp4"} <= {file.suffix for file in files}
+        assert {".safetensors", ".png", ".jsonl", ".mp4", ".html"} <= {file.suffix for file in files}
         (saved,) = (file for file in files if file.parent.name == "loras")
         with safe_open(saved, "pt") as lora:
             metadata = lora.metadata()
@@ -260,6 +260,7 @@ def test_training_widgets_are_the_settings_with_their_defaults(info):
     settings |= {f"backprop_{name}": value for name, value in settings["backprop"].items()}
     node = info["RewardLoraTrainRewardLora"]["input"]
     own = {"video_model", "reward", "prompts", "prefix", "prompt_file", "sample_prompts", "advanced"}
+    own |= {"heldout_reward"}
     widgets = {name: spec for group in ("required", "optional") for name, spec in node[group].items()}
     assert len(widgets) > 20
     for name in widgets.keys() - own:
