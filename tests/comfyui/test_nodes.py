@@ -218,6 +218,11 @@ BAD = {
     "no prompts": (graphs.train(prompts=" ", prompt_file=""), "at least one prompt"),
     "empty prompt file": (graphs.train(prompt_file="empty.txt"), "empty.txt holds no prompt"),
     "prompt file not UTF-8": (graphs.train(prompt_file="latin.txt"), "not UTF-8"),
+    "image for a text-to-video model": (
+        graphs.train(start_image=["90", 0])
+        | {"90": {"class_type": "EmptyImage", "inputs": {"width": 8, "height": 8, "batch_size": 1, "color": 255}}},
+        r"text-to-video model, and (\d+) of \1 training prompts have a start image",
+    ),
     "unknown setting": (graphs.train(advanced="speed: 3"), "unknown setting 'speed'"),
     "broken setting": (graphs.train(advanced="a: ["), "advanced is not valid YAML"),
     "too many steps trained": (graphs.train(backprop_num_steps=99), "num_steps must be at most"),
@@ -260,6 +265,7 @@ def test_training_widgets_are_the_settings_with_their_defaults(info):
     settings |= {f"backprop_{name}": value for name, value in settings["backprop"].items()}
     node = info["RewardLoraTrainRewardLora"]["input"]
     own = {"video_model", "reward", "prompts", "prefix", "prompt_file", "sample_prompts", "advanced"}
+    own |= {"heldout_reward", "start_image", "end_image", "reference"}
     own |= {"heldout_reward"}
     widgets = {name: spec for group in ("required", "optional") for name, spec in node[group].items()}
     assert len(widgets) > 20

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 
 import numpy as np
@@ -119,3 +120,34 @@ def test_a_published_model_that_is_absent_says_where_it_belongs(comfyui):
     assert "allow the download of about 34 GB" in outcome.message
     assert "https://huggingface.co/Wan-AI/Wan2.2-TI2V-5B" in outcome.message
     assert "Traceback" not in outcome.message
+
+
+def test_an_image_to_video_model_trains_from_a_connected_image_and_from_a_folder(comfyui, checkpoints):
+    case = Case("wan", "2.1 original inp")
+    width, height, frames = case.size
+    folder = comfyui.base / "input" / "circles"
+    folder.mkdir()
+    Image.new("RGB", (40, 24), (250, 20, 20)).save(folder / "a.png")
+    (folder / "a.txt").write_text("a red circle")
+    sizes = {"steps": 1, "batch_size": 1, "width": width, "height": height, "frames": frames, "sampler_steps": 2}
+    sizes |= {"backprop_strategy": "last", "sample_count": 1, "sample_prompts": "", "lr_schedule": "constant"}
+    runs = []
+    for number, given in enumerate(
+        (
+            {"prompts": "a red circle", "prompt_file": "", "start_image": ["90", 0]},
+            {"prompts": "", "prompt_file": "circles"},
+        )
+    ):
+        graph = graphs.train(prefix=f"tests/images{number}", **sizes, **given)
+        graph["90"] = {"class_type": "LoadImage", "inputs": {"image": "circles/a.png"}}
+        for each in graph.values():
+            if each["class_type"] == "RewardLoraLoadVideoModel":
+                each["inputs"] |= {"name": name_of(case), "dtype": "float32"}
+        outcome = comfyui.run(graph)
+        assert outcome.status == "success", outcome.message
+        (run,) = comfyui.output.glob(f"tests/images{number}_*")
+        runs.append([json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()])
+    (before, after), (again, other) = runs
+    assert before["evaluation"] == pytest.approx(again["evaluation"], abs=1e-6)  # the same picture by either way
+    assert after["reward"] == pytest.approx(other["reward"], abs=1e-6)
+    assert not after["skipped"]
