@@ -144,6 +144,15 @@ def test_the_best_lora_is_that_of_its_step(wan, fast, tmp_path):
     assert all(torch.equal(kept.modules[key].up, made.modules[key].up) for key in made.modules)
 
 
+def test_a_new_run_in_the_folder_does_not_inherit_the_best_lora(wan, config, tmp_path):
+    trainer = Trainer(wan, Bright(), PROMPTS, replace(config, steps=1, sample_every=0), tmp_path / "run")
+    trainer.folder.mkdir()
+    best_path(trainer.lora_path).write_bytes(b"of an earlier run")
+    assert trainer.kept_paths
+    list(trainer)
+    assert not trainer.kept_paths
+
+
 def test_standard_changes_no_step(wan, reward, config, tmp_path):
     for preset in ("off", "standard"):
         list(Trainer(wan, reward, PROMPTS, replace(config, guards=preset), tmp_path / preset / "run"))

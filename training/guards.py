@@ -301,7 +301,7 @@ def conflicts(
     terms = getattr(reward, "rewards", ())
     if len(terms) < 2:
         return {}
-    directions = []
+    directions, reference = [], None if reference is None else reference.to(frames)
     for term, weight in zip(terms, reward.weights, strict=True):
         inner = frames.detach().requires_grad_()
         with torch.enable_grad():

@@ -116,6 +116,12 @@ class Trainer:
         """The evaluation prompts on their fixed seeds, sampled and scored with the model as it is now."""
         return self._learner.evaluate(self.samples, self._heldout)
 
+    def estimate(self, free: int) -> str:
+        """What memory the run would need, by phase and plan, as a table; and which plan fits into ``free`` bytes."""
+        self._learner.prepare(self.examples[:1])
+        self._learner.rest()
+        return self._learner.estimate().table(free)
+
     def __iter__(self) -> Iterator[StepEvent]:
         c, leads = self.config, self._group.leads
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -144,6 +150,8 @@ class Trainer:
             self._group.gather(progress.step)  # nobody writes before everybody has read
             if leads:
                 self.files.open(progress.step, c.to_dict(), [sample.prompt for sample in self.samples])
+                for path in self.kept_paths if guards.best is None else ():
+                    path.unlink()  # of an earlier run
 
             def save() -> None:
                 if leads:
