@@ -57,7 +57,7 @@ class Sweep:
     strengths: tuple[float, ...] = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5)
     prompt: UseAppendAction[tuple[str, ...]] = ()
     prompts: Path | None = None
-    max_prompts: int = 32
+    max_prompts: int = 64
     seeds: int = 1
     seed: int = 42
     motion_floor: float = 0.75

@@ -58,7 +58,7 @@ class SweepLoraStrength(io.ComfyNode):
                     default="",
                     placeholder="prompts the LoRA was not trained on, one a line",
                     tooltip="One a line, best such that the LoRA was not trained on. Few prompts give wide intervals: "
-                    "16 or more.",
+                    "16 or more, better 64.",
                 ),
                 io.Int.Input(
                     "seeds", default=1, min=1, max=100, tooltip="Videos a prompt, 1 to 100, alike at every strength."
@@ -91,7 +91,7 @@ class SweepLoraStrength(io.ComfyNode):
                 ),
                 io.Int.Input(
                     "max_prompts",
-                    default=32,
+                    default=64,
                     min=1,
                     max=10_000,
                     optional=True,
@@ -164,7 +164,7 @@ class SweepLoraStrength(io.ComfyNode):
         held_out_2: LoadedReward | None = None,
         held_out_3: LoadedReward | None = None,
         prompt_file: str = "",
-        max_prompts: int = 32,
+        max_prompts: int = 64,
         negative: str = "",
         batch_size: int = 1,
         width: int = 0,

@@ -19,7 +19,7 @@ from .prompts import EmbeddingStore
 from .sample import sample
 from .seeds import seed_for
 
-PLATEAU = 0.95
+PLATEAU = 0.97
 """Share of the highest gain from which on a gentler strength is preferred."""
 
 
