@@ -186,6 +186,8 @@ def reward_curve(
         for index, curve in enumerate(curves):
             _draw(axes, curve, f"C{index + 1}")
         axes.axhline(level, color="black", linewidth=0.8)
+        low, high = axes.get_ylim()  # so that small changes look small
+        axes.set_ylim(min(low, level - 0.15), max(high, level + 0.15))
         axes.set_ylabel(label)
     for axes in panels:
         if best is not None:
