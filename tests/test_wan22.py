@@ -7,8 +7,13 @@ import shutil
 
 import pytest
 import torch
-from reward_lora.lora.adapter import inject_new
+from reward_lora.lora.adapter import LoraUse, applied, inject_new
+from reward_lora.lora.files import read_lora
+from reward_lora.selfcheck.exactness import ToyReward
 from reward_lora.tests.families import wan as family
+from reward_lora.training.config import TrainConfig
+from reward_lora.training.schedule import BackpropSchedule
+from reward_lora.training.trainer import Trainer
 from reward_lora.video_models import WeightFileError, common, load_video_model, wan
 from reward_lora.video_models.wan import WanModel, rest
 
@@ -198,3 +203,37 @@ def test_experts_take_turns_on_a_gpu(pair_folder):
             devices = {p.device.type for p in network.parameters() if not p.requires_grad}
             assert devices == {"cuda" if name == working else "cpu"}
     assert all(parameter.is_cuda for parameter in trained.parameters().values())
+
+
+ONE_STEP = {
+    "steps": 1, "rank": 2, "network_alpha": 2, "learning_rate": 0.05, "width": 32, "height": 32, "frames": 5,
+    "sampler_steps": 4, "guidance_scale": 1.0, "sample_every": 1, "sample_count": 1, "save_dtype": "float32",
+    "backprop": BackpropSchedule("last"),
+}  # fmt: skip
+
+
+def test_a_lora_is_trained_on_top_of_distilled_ones(pair, tmp_path):
+    """As with Wan2.2-Lightning: one frozen LoRA an expert lies under the one that is trained, without guidance."""
+
+    def trained(name, **settings):
+        trainer = Trainer(pair, ToyReward(), ["a red circle"], TrainConfig(**ONE_STEP | settings), tmp_path / name)
+        events = list(trainer)
+        assert events[-1].grad_norm > 0
+        return [LoraUse(read_lora(path), 1.0) for path in trainer.lora_paths.values()], events
+
+    distilled, _ = trained("distilled", backprop=BackpropSchedule("tail", 4))
+    assert [use.experts(pair) for use in distilled] == [["high"], ["low"]]  # the files say whose they are
+    _, bare = trained("bare", experts=("low",))
+    with applied(pair, distilled):
+        (top,), events = trained("top", experts=("low",))
+        before = events[0].evaluation.frames
+    assert not torch.equal(before, bare[0].evaluation.frames), "the distilled LoRAs had no part in it"
+    with applied(pair, distilled):
+        assert torch.equal(painted(pair, tmp_path), before)
+    with applied(pair, [*distilled, top]):
+        assert torch.equal(painted(pair, tmp_path), events[-1].evaluation.frames)
+
+
+def painted(model, folder):
+    """What the trainer's evaluation paints."""
+    return Trainer(model, ToyReward(), ["a red circle"], TrainConfig(**ONE_STEP), folder / "again").evaluate().frames
