@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
+import torch
 import tyro
 from tyro.conf import UseAppendAction
 
@@ -47,6 +48,7 @@ class Train:
         lora: LoRA to keep applied while training, PATH or PATH:STRENGTH; may be repeated.
         device: `auto`, `cpu`, `cuda`, `cuda:1`.
         dtype: Number type of the frozen model.
+        estimate: Say what memory the run would need, by phase and plan, and do not train.
         fresh: Begin anew although the folder holds a run; its checkpoints are deleted.
         config: The settings of the run.
     """
@@ -64,6 +66,7 @@ class Train:
     lora: UseAppendAction[tuple[str, ...]] = ()
     device: str = "auto"
     dtype: DType = "auto"
+    estimate: bool = False
     fresh: bool = False
     config: Annotated[TrainConfig, tyro.conf.arg(name="")] = field(default_factory=TrainConfig)
 
@@ -89,6 +92,9 @@ class Train:
             trainer = Trainer(model, reward, prompts, self.config, folder, sample_prompts=sample_prompts, group=group,
                               heldout=[find_reward(text, None, "cpu") for text in self.heldout],
                               device=device, cache=self.output_dir / "text-cache")  # fmt: skip
+            if self.estimate:
+                say(trainer.estimate(_free(device)))
+                return 0
             say(f"{trainer.config.steps} steps of {model.spec.name} towards {reward.name}, files in {folder}")
             if group.size > 1:
                 batch = group.size * trainer.config.accumulation * trainer.config.batch_size
@@ -115,6 +121,15 @@ class Train:
                     bar.write(event.stop)
                 if event.skipped:
                     bar.write(f"step {event.step} skipped: {event.skipped}")
+
+
+def _free(device: str) -> int:
+    """Bytes that a run may use: free ones on the GPU, available ones of main memory."""
+    if device.startswith("cuda"):
+        return torch.cuda.mem_get_info(device)[0]
+    import psutil
+
+    return psutil.virtual_memory().available
 
 
 def describe(event: Any) -> str:

@@ -37,6 +37,10 @@ class Inputs:
         prompts = [example.prompt for example in examples]
         self._texts.prepare([*prompts, *([self._config.negative_prompt] if guided else [])], self._tick)
 
+    def any_text(self) -> Tensor:
+        """The embedding of one of the prompts, for its shape."""
+        return self._texts.any()
+
     def conditioning(self, examples: Sequence[Example]) -> Conditioning:
         """Of a batch, where the denoiser works. With images it is made example by example, and kept."""
         if not any(example.pictures.keys() - {"reference"} for example in examples):

@@ -16,18 +16,22 @@ from ..block_weights import in_float8, offloaded
 from ..reward_models.protocol import Reward
 from ..video_models.protocol import Tick, VideoModel
 from .config import TrainConfig
+from .estimate import Estimate, estimate
 from .events import Evaluation
 from .examples import Example
 from .gradient import Anchor, Walk, replay, rollout
 from .guards import MotionGuard, conflicts, score_clips
 from .inputs import Inputs
 from .judge import Judgement, View, judge, seen_frames
-from .memory import MemoryPlan, Placement, checkpointed_blocks, plan_for, smaller
+from .memory import PLANS, MemoryPlan, Placement, checkpointed_blocks, plan_for, smaller
 from .sample import sample
 from .schedule import Plan
 from .seeds import seed_for
 
 log = logging.getLogger(__name__)
+
+ROOM = 0.85
+"""Part of the free memory that an estimate may fill; kernels and the allocator want the rest."""
 
 
 @dataclass(frozen=True)
@@ -99,10 +103,22 @@ class Learner:
             if self._config.float8:
                 for network in self._model.denoisers.values():
                     self._stores.enter_context(in_float8(network))
-            self.adopt(self.plan)
+            self.adopt(self._fitting())
             self._tick("rollout")  # only now: what shall not be on the device never gets there
             yield
         self._stores = None
+
+    def estimate(self) -> Estimate:
+        """What the run needs; :meth:`prepare` must have been called."""
+        return estimate(self._model, self._reward, self._config, self._inputs.any_text())
+
+    def _fitting(self) -> MemoryPlan:
+        """The plan in force, or on a GPU with ``memory: auto`` the fastest that should fit, with some room to spare."""
+        if self._config.memory != "auto" or self._device.type != "cuda":
+            return self.plan
+        free, _ = torch.cuda.mem_get_info(self._device)
+        fitting = self.estimate().fitting(int(ROOM * free)) or PLANS[-1]
+        return max(self.plan, fitting, key=PLANS.index)
 
     def rest(self) -> None:
         """Leave the device."""

@@ -97,5 +97,9 @@ class EmbeddingStore:
             if path is not None:
                 write_safetensors(path, {"embedding": embedding}, {})
 
+    def any(self) -> Tensor:
+        """One of the embeddings, for its shape."""
+        return next(iter(self._known.values()))
+
     def __getitem__(self, prompt: str) -> Tensor:
         return self._known[prompt]

@@ -204,7 +204,11 @@ class EasyAnimateModel:
             self.vae._clear_conv_cache()  # an interrupted call would leave its features to the next
         return latents.to(torch.promote_types(latents.dtype, torch.float32)) * self.vae.config.scaling_factor
 
+    @property
+    def text_encoder(self) -> nn.ModuleList:
+        """All of them that were loaded."""
+        return nn.ModuleList(tower.encoder for tower in self._towers if tower.encoder is not None)
+
     def to(self, device: torch.device | str, *parts: str) -> None:
-        encoders = [tower.encoder for tower in self._towers if tower.encoder is not None]
-        modules = {"text": encoders, "denoiser": [self.transformer], "vae": [self.vae]}
+        modules = {"text": self.text_encoder, "denoiser": self.transformer, "vae": self.vae}
         move(modules, device, parts)
