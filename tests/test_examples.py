@@ -109,7 +109,14 @@ BAD = {
     "outside": ("../secret.png,x", "image,prompt", r"line 2: ../secret.png lies outside of"),
     "absolute": ("/etc/hostname,x", "image,prompt", r"line 2: /etc/hostname lies outside of"),
     "empty prompt": ("a.png, ", "image,prompt", r"line 2: the prompt is empty"),
-    "too many": ("a.png,x,y", "image,prompt", r'line 2: more than 2 columns; put a prompt with commas in "quotes"'),
+    "too many": (
+        "a.png,x,y",
+        "image,prompt",
+        r'line 2: 3 values where there are 2 columns; put a prompt with commas in "quotes"',
+    ),
+    "too few": ("a.png", "image,prompt", r"line 2: 1 values where there are 2 columns"),
+    "not a table": ("a.png," + "x" * 200_000, "image,prompt", r"line 2: no comma-separated values"),
+    "empty": ("", "", r"has the columns none"),
     "no rows": ("", "image,prompt", r"holds no rows"),
 }
 

@@ -60,7 +60,8 @@ class Example:
     @cached_property
     def identity(self) -> str:
         """The prompt, and a digest of the content of every picture: all that a step depends on."""
-        return "\n".join([self.prompt, *(f"{name} {_digest(picture)}" for name, picture in self.pictures.items())])
+        digests = {picture: _digest(picture) for picture in set(self.pictures.values())}
+        return "\n".join([self.prompt, *(f"{name} {digests[picture]}" for name, picture in self.pictures.items())])
 
 
 def as_examples(given: Iterable[str | Example]) -> list[Example]:
@@ -90,23 +91,27 @@ def read_examples(path: Path | str) -> list[Example]:
 
 
 def _read_table(path: Path) -> list[Example]:
-    table = csv.DictReader(io.StringIO(read_text(path), newline=""), restkey="more", restval="")
-    columns = [name.strip() for name in table.fieldnames or ()]
-    table.fieldnames = columns
+    table = csv.reader(io.StringIO(read_text(path), newline=""))
+    try:
+        lines = [(table.line_num, [value.strip() for value in values]) for values in table if values]
+    except csv.Error as error:
+        raise PromptFileError(f"{path.name}, line {table.line_num}: no comma-separated values ({error})") from None
+    (_, columns), *rows = lines or [(0, [])]
     unknown = sorted(set(columns) - set(COLUMNS))
     if unknown or "prompt" not in columns or not set(columns) - {"prompt"}:
         wrong = f"the unknown column {unknown[0]!r}" if unknown else f"the columns {', '.join(columns) or 'none'}"
         known = ", ".join(COLUMNS)
         raise PromptFileError(f"{path.name} has {wrong}; write video,prompt or image,prompt (known: {known})")
-    rows = []
-    for row in table:
-        place = f"{path.name}, line {table.line_num}"
-        if "more" in row:
-            raise PromptFileError(f'{place}: more than {len(columns)} columns; put a prompt with commas in "quotes"')
-        rows.append(_example({name: value.strip() for name, value in row.items()}, path, place))
     if not rows:
         raise PromptFileError(f"{path.name} holds no rows; write video,prompt first, then a clip in each line")
-    return rows
+    examples = []
+    for number, values in rows:
+        place = f"{path.name}, line {number}"
+        if len(values) != len(columns):
+            many = f"{len(values)} values where there are {len(columns)} columns"
+            raise PromptFileError(f'{place}: {many}; put a prompt with commas in "quotes"')
+        examples.append(_example(dict(zip(columns, values, strict=True)), path, place))
+    return examples
 
 
 def _read_captions(folder: Path) -> list[Example]:
@@ -131,7 +136,8 @@ def _example(row: Mapping[str, Any], path: Path, place: str) -> Example:
     whole = row.get("video") or row.get("image")
     named = {"start_image": whole, "reference": whole} if whole else {}
     named |= {name: row[name] for name in PICTURES if row.get(name)}
-    return Example(row["prompt"], **{name: _file(path, str(file), place) for name, file in named.items()})
+    files = {file: _file(path, str(file), place) for file in set(named.values())}
+    return Example(row["prompt"], **{name: files[file] for name, file in named.items()})
 
 
 def _file(path: Path, name: str, place: str) -> Path:
