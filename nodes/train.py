@@ -95,6 +95,11 @@ class TrainRewardLora(io.ComfyNode):
                 ),
                 io.Image.Output("after", display_name="after", tooltip="The same prompts and seeds with the LoRA."),
                 io.String.Output("summary", display_name="summary", tooltip="The run in words."),
+                LoraType.Output(
+                    "second_lora",
+                    display_name="second_lora",
+                    tooltip="Of a model with two experts, the low-noise one's LoRA. Nothing comes out otherwise.",
+                ),
             ],
             hidden=[io.Hidden.unique_id],
             is_output_node=True,

@@ -14,6 +14,7 @@ import folder_paths
 import numpy as np
 from comfy.model_management import InterruptProcessingException
 from comfy_api.latest import io
+from comfy_execution.graph import ExecutionBlocker
 from PIL import Image
 from torch import Tensor
 
@@ -95,8 +96,8 @@ class TrainingRun:
                 tick=progress,
             )
             made, seconds, skipped = self._follow(trainer, progress)
-            lora = read_lora(trainer.lora_path).in_memory()
-            before, after = self._clips(trainer, lora)
+            loras = [read_lora(path).in_memory() for path in trainer.lora_paths.values()]
+            before, after = self._clips(trainer, loras)
         curve, picture = trainer.files.curve(), self._picture(trainer, f"step {config.steps}", before, after)
         overview = write_png(self.folder / "overview.png", picture)
         summary = self._summary(made, seconds, skipped)
@@ -107,11 +108,12 @@ class TrainingRun:
             videos = sorted((self.folder / "samples").glob(f"{index:02d}-step-*.mp4"))
             kept += videos[:1] + videos[1:][-1:]  # before any step, and the newest
         return io.NodeOutput(
-            lora,
+            loras[0],
             picture_to_image(curve),
             to_images(before),
             to_images(after),
             summary,
+            loras[1] if len(loras) > 1 else ExecutionBlocker(None),
             ui={"images": folders.listed(overview), "files": folders.listed(*kept), "text": [summary]},
         )
 
@@ -136,12 +138,12 @@ class TrainingRun:
             raise
         return made, seconds, skipped
 
-    def _clips(self, trainer: Trainer, lora: LoraFile) -> tuple[Tensor, Tensor]:
-        """The shown samples without and with the LoRA; painted now if the run did not, as when it was resumed."""
+    def _clips(self, trainer: Trainer, loras: Sequence[LoraFile]) -> tuple[Tensor, Tensor]:
+        """The shown samples without and with what was learned; painted now if a resumed run did not."""
         before = self.first or trainer.evaluate()
         after = self.last
         if after is None or after is self.first:
-            with applied(self.loaded.model, [LoraUse(lora, 1.0)]):
+            with applied(self.loaded.model, [LoraUse(lora, 1.0) for lora in loras]):
                 after = trainer.evaluate()
         return before.frames[:SHOWN], after.frames[:SHOWN]
 
