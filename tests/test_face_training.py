@@ -41,6 +41,23 @@ def dataset(folder, light):
     return read_examples(folder)
 
 
+def test_rolls_recipe_is_rolls_algorithm(models):
+    """Noise levels, experts and trained steps as its code has them, and its loss but for a constant."""
+    config = TrainConfig.from_dict(read_recipe("wan2.2-i2v-a14b-face")["config"])
+    model = models["2.2 original i2v pair"]
+    sigmas = model.sigmas(config.sampler_steps)
+    published = [1.0, 0.9722, 0.9375, 0.8929, 0.8333, 0.75, 0.625, 0.4167, 0.0]
+    assert sigmas.tolist() == pytest.approx(published, abs=5e-5)
+    works = [model.spec.expert_at(sigma) for sigma in sigmas[:-1]]
+    assert works == ["high"] * 3 + ["low"] * 5
+    assert config.experts == ("low",)
+    low = [step for step, expert in enumerate(works) if expert == "low"]
+    assert config.backprop.draw(sigmas, 0, low).trained == (4, 5, 6, 7)
+    assert (config.backprop.coupling, config.guidance_scale, config.anchor, config.anchor_by_sigma) == (1, 1, 1, True)
+    scores = torch.tensor([-0.2, 0.3, 0.9])
+    assert float((config.objective(scores) + (scores - 0.54) / 0.16 * 0.1).std()) < 1e-6
+
+
 def test_rolls_recipe_trains_on_a_clip_with_a_face(models, pack, tmp_path):  # noqa: F811
     """Its schedule, expert, anchor and objective; one batch a step, small pictures, and a LoRA of rank 2."""
     (tmp_path / "data").mkdir()

@@ -27,7 +27,8 @@ class Objective:
 
     Attributes:
         target: Reward to aim at; None maximises without end.
-        loss_scale: Factor on every sample's loss.
+        loss_scale: Factor on every sample's loss. A reward normalised as ``(r - mean) / deviation`` is one over its
+            deviation, for what is taken off has no gradient.
         hinge: With a target, stop pushing samples that have reached it (``relu(target - r)``);
             otherwise ``|target - r|``, as VideoX-Fun has it, which pulls them back.
     """
