@@ -16,7 +16,7 @@ import torch
 from reward_lora.lora.files import read_lora
 from reward_lora.reward_models.mixture import Mixture, MixtureSettings
 from reward_lora.selfcheck.exactness import ToyReward
-from reward_lora.training.checkpoint import list_checkpoints
+from reward_lora.training.checkpoint import RunIdentity, list_checkpoints
 from reward_lora.training.events import TrainingStopped
 from reward_lora.training.interrupts import interrupt_later
 from reward_lora.training.trainer import Trainer
@@ -175,6 +175,14 @@ def test_another_run_in_the_folder_is_not_overwritten(wan, reward, config, tmp_p
     assert (tmp_path / "run" / "run.safetensors").read_bytes() == saved
     longer = list(Trainer(wan, reward, PROMPTS, replace(config, steps=6), tmp_path / "run"))
     assert [e.step for e in longer] == [5, 6]
+
+
+def test_a_checkpoint_older_than_a_setting_goes_on_at_its_default(config):
+    identity = RunIdentity("model", "reward", "prompts", config)
+    older = {key: value for key, value in identity.decisive().items() if key != "anchor_by_sigma"}
+    assert identity.differences(older) == []
+    changed = replace(identity, config=replace(config, anchor_by_sigma=True))
+    assert changed.differences(older) == ["anchor_by_sigma: False -> True"]
 
 
 def test_a_damaged_checkpoint_falls_back_to_the_one_before(wan, reward, config, tmp_path):

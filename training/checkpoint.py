@@ -55,9 +55,12 @@ class RunIdentity:
     config: TrainConfig
 
     def differences(self, saved: dict) -> list[str]:
-        """``name: saved -> now`` for every decisive difference to a saved identity."""
+        """``name: saved -> now`` for every decisive difference to a saved identity.
+
+        A setting that is newer than the checkpoint was at its default, which changes nothing.
+        """
         now = _flat(self.decisive())
-        before = _flat(saved)
+        before = _flat(json.loads(canonical_json(TrainConfig().decisive()))) | _flat(saved)
         return [f"{k}: {before.get(k)} -> {now.get(k)}" for k in sorted({*now, *before}) if before.get(k) != now.get(k)]
 
     def decisive(self) -> dict:
