@@ -21,10 +21,10 @@ from reward_lora.training.trainer import Trainer
 CONFIG = TrainConfig(guards="standard")
 
 
-def record(step, reward, judge=None, motion=1.0, words=(), best=False, unsound=(), **others):
+def record(step, reward, judge=None, motion=1.0, words="", best=False, unsound=(), **others):
     clips = [reward + 0.01 * n for n in range(6)]
     heldout = {} if judge is None else {"PickScore": [judge + 0.01 * n for n in range(6)]}
-    guards = {"rewards": clips, "heldout": heldout, "motion": motion, "sharpness": 1.0, "words": list(words)}
+    guards = {"rewards": clips, "heldout": heldout, "motion": motion, "sharpness": 1.0, "words": words}
     return {"step": step, "reward": reward, "evaluation": reward, "guards": guards | {"best": best, "unsound": unsound},
             **others}  # fmt: skip
 
@@ -32,7 +32,7 @@ def record(step, reward, judge=None, motion=1.0, words=(), best=False, unsound=(
 HACKED = [
     record(0, 0.80, 21.0),
     record(300, 0.82, 21.2, best=True),
-    record(600, 0.84, 20.7, 0.71, ["the trained reward rose, while motion fell"], unsound=["motion"]),
+    record(600, 0.84, 20.7, 0.71, "the trained reward rose, while motion fell", unsound=["motion"]),
 ]
 
 

@@ -135,7 +135,7 @@ class Finding:
         best: Whether this is the best step so far.
         in_a_row: Bad evaluations in a row, this one included.
         stop: Why the run ends here; empty if it goes on.
-        words: What happened, a sentence each.
+        words: What is bad, in a sentence; empty if nothing is.
     """
 
     motion: float
@@ -146,7 +146,7 @@ class Finding:
     best: bool
     in_a_row: int
     stop: str
-    words: tuple[str, ...] = field(default=())
+    words: str
 
 
 class Guards:
@@ -202,38 +202,37 @@ class Guards:
         unsound += () if 1 / SHARPNESS <= detail <= SHARPNESS else ("sharpness",)
         score = self._score(now, base)
         improved = now.step > 0 and not unsound and score > self._score(best, base)
-        words = []
-        if "motion" in unsound:
-            words.append(f"motion fell to {motion:.2f} of the base model's")
-        if "sharpness" in unsound:
-            went, means = ("rose", "texture") if detail > 1 else ("fell", "blur")
-            words.append(f"fine detail {went} to {detail:.2f} of the base model's, which is {means}")
-        rose = _mean(now.reward) - _mean(best.reward)
-        fallen = [name for name in now.heldout if _falls(now.heldout[name], best.heldout[name])]
-        if now.heldout and rose > 0 and _falls(self._standardised(now, base), self._standardised(best, base)):
-            words += [
-                f"{n} fell by {_mean(best.heldout[n]) - _mean(now.heldout[n]):.4f}" for n in fallen or now.heldout
-            ]
-        in_a_row = self.state["in_a_row"] + 1 if words else 0
-        if words:
-            told = " and ".join(words)
+        complaints = self._complaints(now, best, base, motion if "motion" in unsound else None,
+                                      detail if "sharpness" in unsound else None)  # fmt: skip
+        in_a_row = self.state["in_a_row"] + 1 if complaints else 0
+        words, stop = "", ""
+        if complaints:
             change = _mean(now.reward) - _mean(base.reward)
-            words = [f"the trained reward {self._reward} {'rose' if change > 0 else 'fell'} by {abs(change):.4f} since "
-                     f"the start, while {told}"]  # fmt: skip
-        stop = ""
+            words = (f"the trained reward {self._reward} {'rose' if change > 0 else 'fell'} by {abs(change):.4f} since "
+                     f"the start, while {' and '.join(complaints)}")  # fmt: skip
         if self._patience and in_a_row >= self._patience:
-            stop = (f"stopped at step {now.step}: {in_a_row} bad evaluations in a row; at the last {words[0]}; "
-                    f"{self._advice(now if improved else best)}")  # fmt: skip
-        self.state |= {"in_a_row": in_a_row, "stop": stop, "last": now.step}
-        if self.state["base"] is None:
-            self.state["base"] = asdict(now)
-        if self.state["best"] is None or improved:
-            self.state["best"] = asdict(now)
+            advice = f"use the LoRA of step {best.step}" if best.step else "no step was better than the base model"
+            stop = f"stopped at step {now.step}: {in_a_row} bad evaluations in a row; at the last {words}; {advice}"
+        self.state |= {"in_a_row": in_a_row, "stop": stop, "last": now.step, "base": asdict(base)}
+        self.state["best"] = asdict(now if improved else best)
         gains = {name: _mean(values) - _mean(base.heldout[name]) for name, values in now.heldout.items()}
-        return Finding(motion, detail, gains, score, unsound, improved, in_a_row, stop, tuple(words))
+        return Finding(motion, detail, gains, score, unsound, improved, in_a_row, stop, words)
 
-    def _advice(self, best: Reading) -> str:
-        return f"use the LoRA of step {best.step}" if best.step else "no step was better than the base model"
+    def _complaints(
+        self, now: Reading, best: Reading, base: Reading, motion: float | None, detail: float | None
+    ) -> list[str]:
+        """What is bad about an evaluation; ``motion`` and ``detail`` are given where they are beyond their limits."""
+        found = []
+        if motion is not None:
+            found.append(f"motion fell to {motion:.2f} of the base model's")
+        if detail is not None:
+            went, means = ("rose", "texture") if detail > 1 else ("fell", "blur")
+            found.append(f"fine detail {went} to {detail:.2f} of the base model's, which is {means}")
+        rose = _mean(now.reward) > _mean(best.reward)
+        if now.heldout and rose and _falls(self._standardised(now, base), self._standardised(best, base)):
+            losses = {name: _mean(best.heldout[name]) - _mean(values) for name, values in now.heldout.items()}
+            found += [f"{name} fell by {loss:.4f} since step {best.step}" for name, loss in losses.items() if loss > 0]
+        return found
 
     def _standardised(self, reading: Reading, base: Reading) -> np.ndarray:
         """Gain on the base model a clip, the mean over the judges, in standard deviations."""

@@ -141,7 +141,7 @@ def deeds(log: RunLog, config: Mapping[str, Any]) -> list[str]:
         told.append("Early stop is off (patience 0).")
     else:
         told.append(f"Early stop: {ends[-1]}." if ends else f"Early stop (patience {config['patience']}) did not fire.")
-    told += [f"Step {r['step']}: {text}." for r in log.evaluations for text in r["guards"]["words"]]
+    told += [f"Step {r['step']}: {r['guards']['words']}." for r in log.evaluations if r["guards"]["words"]]
     if config["motion_guard"]:
         ratios = [r["motion"] for r in log.steps if r.get("motion") is not None]
         under = sum(ratio < config["motion_floor"] for ratio in ratios)
