@@ -415,5 +415,5 @@ def test_wrong_files_get_a_sentence(pack, tmp_path):
 
 def test_a_missing_extra_says_what_to_install(pack, monkeypatch):
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
-    with pytest.raises(ValueError, match=r'needs the Python package onnxruntime; .*pip install "reward-lora\[face\]"'):
+    with pytest.raises(ValueError, match=r"needs the Python package onnxruntime, .*pip install .*\[face\]"):
         load_reward("face", pack)
