@@ -8,7 +8,7 @@ from dataclasses import replace
 from comfy_api.latest import io
 from torch import Tensor
 
-from ..training.examples import as_examples, read_examples
+from ..training.examples import Picture, as_examples, read_examples
 from . import folders, train_widgets
 from .bridge import Progress, engine, to_frames
 from .train_run import TrainingRun
@@ -138,7 +138,7 @@ class TrainRewardLora(io.ComfyNode):
     ) -> io.NodeOutput:
         with engine():
             given = {"start_image": start_image, "end_image": end_image, "reference": reference}
-            pictures = {name: to_frames(images)[0] for name, images in given.items() if images is not None}
+            pictures = {name: Picture(to_frames(images)[0]) for name, images in given.items() if images is not None}
             examples = as_examples(split_lines(prompts))
             if prompt_file.strip():
                 examples += read_examples(folders.prompt_path(prompt_file))

@@ -14,7 +14,7 @@ from PIL import Image
 from reward_lora.selfcheck.exactness import ToyReward
 from reward_lora.tests.families import Case
 from reward_lora.training.config import TrainConfig
-from reward_lora.training.examples import Example, Store, as_examples, clip, read_examples, still, together
+from reward_lora.training.examples import Example, Picture, Store, as_examples, clip, read_examples, still, together
 from reward_lora.training.inputs import Inputs
 from reward_lora.training.media import read_video, write_video
 from reward_lora.training.prompts import PromptFileError
@@ -69,7 +69,8 @@ def dataset(tmp_path):
 def test_a_table_of_clips_gives_start_image_and_reference(dataset):
     first, second = read_examples(dataset)
     assert [first.prompt, second.prompt] == ["a woman, smiling", "a man"]
-    assert first.pictures == {"start_image": dataset / "clips/a.mp4", "reference": dataset / "clips/a.mp4"}
+    assert first.start_image is first.reference
+    assert first.reference == Picture(dataset / "clips/a.mp4")
     assert read_examples(dataset / "metadata.csv") == [first, second]
 
 
@@ -147,14 +148,14 @@ def test_a_start_image_fills_the_size_and_a_reference_is_whole(tmp_path):
     picture = np.zeros((40, 80, 3), np.uint8)
     picture[:, 20:60] = 255
     Image.fromarray(picture).save(tmp_path / "wide.png")
-    filled = still(tmp_path / "wide.png", 20, 20)
+    filled = still(Picture(tmp_path / "wide.png"), 20, 20)
     assert filled.shape == (1, 3, 20, 20)
     assert float(filled.mean()) > 0.95
-    whole = clip(tmp_path / "wide.png", 20, 20, 5)
+    whole = clip(Picture(tmp_path / "wide.png"), 20, 20, 5)
     assert (whole.shape, whole.dtype) == ((3, 1, 20, 20), torch.uint8)
     assert int(whole[:, 0, :5].max()) == int(whole[:, 0, 15:].max()) == 0
     assert float(whole[:, 0, 6:14].float().mean()) == pytest.approx(255 / 2, abs=8)
-    same = still(torch.from_numpy(picture).permute(2, 0, 1)[:, None].float() / 255, 20, 20)
+    same = still(Picture(torch.from_numpy(picture).permute(2, 0, 1)[:, None].float() / 255), 20, 20)
     assert torch.equal(same, filled)
 
 

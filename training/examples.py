@@ -23,9 +23,6 @@ from ..video_models.protocol import ModelSpec
 from .media import read_frames
 from .prompts import PromptFileError, read_rows, read_text
 
-Picture = Path | Tensor
-"""A picture or video: its file, or frames ``[3, T, H, W]`` in 0..1."""
-
 PICTURES = ("start_image", "end_image", "reference")
 COLUMNS = ("prompt", "video", "image", *PICTURES)
 """Of ``metadata.csv``; ``video`` and ``image`` stand for start image and reference in one."""
@@ -35,8 +32,39 @@ KEPT = 1 << 30
 
 
 @dataclass(frozen=True)
+class Picture:
+    """A picture or video. Examples may share one, so that it is read once.
+
+    Attributes:
+        source: Its file, or frames ``[3, T, H, W]`` in 0..1.
+    """
+
+    source: Path | Tensor
+
+    def frames(self) -> Iterator[Tensor]:
+        """Frames ``[3, H, W]`` in bytes. Raises ``ValueError`` if the file cannot be read."""
+        if isinstance(self.source, Tensor):
+            return iter((self.source.detach().cpu().clamp(0, 1) * 255).round().to(torch.uint8).unbind(1))
+        return read_frames(self.source)
+
+    @cached_property
+    def digest(self) -> str:
+        """Of the content."""
+        digest = hashlib.sha256()
+        if isinstance(self.source, Tensor):
+            digest.update(repr(tuple(self.source.shape)).encode())
+            for frame in self.frames():
+                digest.update(frame.contiguous().numpy())
+        else:
+            with self.source.open("rb") as file:
+                while block := file.read(1 << 20):
+                    digest.update(block)
+        return digest.hexdigest()
+
+
+@dataclass(frozen=True)
 class Example:
-    """One thing to train on.
+    """One thing to train on. Pictures may be given as files or frames, see :class:`Picture`.
 
     Attributes:
         prompt: What to paint.
@@ -51,17 +79,21 @@ class Example:
     end_image: Picture | None = None
     reference: Picture | None = None
 
+    def __post_init__(self) -> None:
+        for name, picture in self.pictures.items():
+            if not isinstance(picture, Picture):
+                object.__setattr__(self, name, Picture(picture))
+
     @property
     def pictures(self) -> dict[str, Picture]:
         """Those it has, by their names."""
         given = {name: getattr(self, name) for name in PICTURES}
         return {name: picture for name, picture in given.items() if picture is not None}
 
-    @cached_property
+    @property
     def identity(self) -> str:
         """The prompt, and a digest of the content of every picture: all that a step depends on."""
-        digests = {picture: _digest(picture) for picture in set(self.pictures.values())}
-        return "\n".join([self.prompt, *(f"{name} {digests[picture]}" for name, picture in self.pictures.items())])
+        return "\n".join([self.prompt, *(f"{name} {picture.digest}" for name, picture in self.pictures.items())])
 
 
 def as_examples(given: Iterable[str | Example]) -> list[Example]:
@@ -87,7 +119,8 @@ def read_examples(path: Path | str) -> list[Example]:
         return _read_table(path / "metadata.csv") if (path / "metadata.csv").is_file() else _read_captions(path)
     if path.suffix == ".csv":
         return _read_table(path)
-    return [_example(row, path, f"{path.name}, line {number}") for number, row in read_rows(path)]
+    known: dict[Path, Picture] = {}
+    return [_example(row, path, f"{path.name}, line {number}", known) for number, row in read_rows(path)]
 
 
 def _read_table(path: Path) -> list[Example]:
@@ -104,13 +137,13 @@ def _read_table(path: Path) -> list[Example]:
         raise PromptFileError(f"{path.name} has {wrong}; write video,prompt or image,prompt (known: {known})")
     if not rows:
         raise PromptFileError(f"{path.name} holds no rows; write video,prompt first, then a clip in each line")
-    examples = []
+    examples, known = [], {}
     for number, values in rows:
         place = f"{path.name}, line {number}"
         if len(values) != len(columns):
             many = f"{len(values)} values where there are {len(columns)} columns"
             raise PromptFileError(f'{place}: {many}; put a prompt with commas in "quotes"')
-        examples.append(_example(dict(zip(columns, values, strict=True)), path, place))
+        examples.append(_example(dict(zip(columns, values, strict=True)), path, place, known))
     return examples
 
 
@@ -123,34 +156,35 @@ def _read_captions(folder: Path) -> list[Example]:
         if not caption.is_file():
             raise PromptFileError(f"{file.name} has no prompt; write it into {caption.name} beside it")
         row = {"prompt": " ".join(read_text(caption).split()), "image": file.name}
-        examples.append(_example(row, file, caption.name))
+        examples.append(_example(row, file, caption.name, {}))
     if not examples:
         raise PromptFileError(f"{folder} holds neither a metadata.csv nor pictures with prompts in .txt files")
     return examples
 
 
-def _example(row: Mapping[str, Any], path: Path, place: str) -> Example:
-    """A row of a file at ``path``; ``place`` begins its errors."""
+def _example(row: Mapping[str, Any], path: Path, place: str, known: dict[Path, Picture]) -> Example:
+    """A row of a file at ``path``; ``place`` begins its errors, ``known`` are the pictures seen so far."""
     if not row["prompt"]:
         raise PromptFileError(f"{place}: the prompt is empty")
     whole = row.get("video") or row.get("image")
     named = {"start_image": whole, "reference": whole} if whole else {}
     named |= {name: row[name] for name in PICTURES if row.get(name)}
-    files = {file: _file(path, str(file), place) for file in set(named.values())}
-    return Example(row["prompt"], **{name: files[file] for name, file in named.items()})
+    return Example(row["prompt"], **{name: _picture(path, str(file), place, known) for name, file in named.items()})
 
 
-def _file(path: Path, name: str, place: str) -> Path:
+def _picture(path: Path, name: str, place: str, known: dict[Path, Picture]) -> Picture:
     """The picture that a file at ``path`` names. Links may lead anywhere, names may not."""
     folder = os.path.abspath(path.parent)
     file = Path(os.path.normpath(os.path.join(folder, name)))
     if not file.is_relative_to(folder):
         raise PromptFileError(f"{place}: {name} lies outside of {folder}; put it there and name it by its path within")
-    try:
-        next(read_frames(file))
-    except ValueError as error:
-        raise PromptFileError(f"{place}: {error}") from None
-    return file
+    if file not in known:
+        try:
+            next(read_frames(file))
+        except ValueError as error:
+            raise PromptFileError(f"{place}: {error}") from None
+        known[file] = Picture(file)
+    return known[file]
 
 
 def check_examples(examples: Sequence[Example], what: str, spec: ModelSpec, reward: Reward) -> None:
@@ -208,7 +242,7 @@ def _bytes(groups: Sequence[Mapping[str, Tensor]]) -> int:
 
 def still(picture: Picture, width: int, height: int) -> Tensor:
     """Its first frame ``[1, 3, height, width]`` in 0..1: scaled to fill the size, and cut at both sides alike."""
-    scaled = _scaled(next(_frames(picture)), width, height, max)
+    scaled = _scaled(next(picture.frames()), width, height, max)
     top, left = (scaled.shape[1] - height) // 2, (scaled.shape[2] - width) // 2
     return scaled[None, :, top : top + height, left : left + width].float() / 255
 
@@ -219,7 +253,7 @@ def clip(picture: Picture, width: int, height: int, frames: int) -> Tensor:
     T is 1 for a picture and ``frames - 1`` for every clip: the frames of a shorter one are repeated evenly.
     """
     images = []
-    for frame in islice(_frames(picture), max(2, frames)):
+    for frame in islice(picture.frames(), max(2, frames)):
         scaled = _scaled(frame, width, height, min)
         down, right = height - scaled.shape[1], width - scaled.shape[2]
         images.append(F.pad(scaled, (right // 2, right - right // 2, down // 2, down - down // 2)))
@@ -239,23 +273,3 @@ def _scaled(frame: Tensor, width: int, height: int, choose: Callable[[float, flo
     scale = choose(height / frame.shape[1], width / frame.shape[2])
     size = [max(1, round(side * scale)) for side in frame.shape[1:]]
     return F.interpolate(frame[None], size, mode="bicubic", antialias=True)[0]
-
-
-def _frames(picture: Picture) -> Iterator[Tensor]:
-    """Frames ``[3, H, W]`` in bytes."""
-    if isinstance(picture, Tensor):
-        return iter((picture.detach().cpu().clamp(0, 1) * 255).round().to(torch.uint8).unbind(1))
-    return read_frames(picture)
-
-
-def _digest(picture: Picture) -> str:
-    digest = hashlib.sha256()
-    if isinstance(picture, Tensor):
-        digest.update(repr(tuple(picture.shape)).encode())
-        for frame in _frames(picture):
-            digest.update(frame.contiguous().numpy())
-    else:
-        with picture.open("rb") as file:
-            while block := file.read(1 << 20):
-                digest.update(block)
-    return digest.hexdigest()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -46,7 +47,10 @@ class Inputs:
         if not any(example.pictures.keys() - {"reference"} for example in examples):
             self._tick("rollout")  # the denoiser is where the conditioning shall be
             return self._model.conditioning(*self._embeddings(examples), self._latent_shape)
-        parts = [self._pictures.get(f"given {e.identity}", partial(self._given, e)) for e in examples]
+        parts = [
+            self._pictures.get(f"given {replace(e, reference=None).identity}", partial(self._given, e))
+            for e in examples
+        ]
         self._tick("rollout")
         device = self._model.device
         return Conditioning(
@@ -78,5 +82,5 @@ class Inputs:
         def read(picture: Picture) -> list[Mapping[str, Tensor]]:
             return [{"frames": clip(picture, c.width, c.height, c.frames)}]
 
-        kept = [self._pictures.get(f"reference {e.identity}", partial(read, e.reference)) for e in examples]
+        kept = [self._pictures.get(f"reference {e.reference.digest}", partial(read, e.reference)) for e in examples]
         return together([one["frames"] for (one,) in kept])
