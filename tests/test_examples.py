@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from reward_lora.cli import main
 from reward_lora.selfcheck.exactness import ToyReward
 from reward_lora.tests.families import Case
 from reward_lora.training.config import TrainConfig
@@ -339,3 +340,22 @@ def test_a_batch_that_shows_nothing_contributes_nothing(wan, config, tmp_path):
     assert norms[0] != norms[1]
     with pytest.raises(Exception, match="2 steps in a row were skipped.*found nothing to judge, such as no face"):
         list(Trainer(wan, Blinking(), ["x"], c, tmp_path / "blind"))
+
+
+def test_the_command_line_trains_on_a_folder(dataset, tmp_path, capsys):
+    IMAGE_TO_VIDEO[0].write(tmp_path / "model")
+    size = (
+        "--width 32 --height 32 --frames 5 --steps 1 --sampler-steps 2 --backprop.num-steps 1 --rank 2 --sample-count 1"
+    )
+    where = ["--output-dir", str(tmp_path / "out"), "--prompts", str(dataset), "--model", str(tmp_path / "model")]
+    command = ["train", "--reward", "tiny_clip", "--dtype", "float32", "--name", "run", *where, *size.split()]
+    assert main(command) == 0, capsys.readouterr().err
+    records = [json.loads(line) for line in (tmp_path / "out" / "run" / "log.jsonl").read_text().splitlines()]
+    assert [(record["step"], record["skipped"]) for record in records] == [(0, ""), (1, "")]
+    (tmp_path / "mine.py").write_text(f"from {Comparing.__module__} import Comparing\nmine = Comparing()\n")
+    (tmp_path / "p.txt").write_text("a circle\n")
+    capsys.readouterr()
+    assert (
+        main([*command, "--reward", f"{tmp_path / 'mine.py'}:mine", "--sample-prompts", str(tmp_path / "p.txt")]) == 2
+    )
+    assert "comparing needs a reference, which 1 of 1 sample prompts lack" in capsys.readouterr().err
