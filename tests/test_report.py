@@ -61,25 +61,29 @@ def loaded(text):
 
 
 def test_a_hacked_run_is_told_with_its_cost_and_what_to_use():
-    first, *others = advice(RunLog.of(HACKED), "run")
+    warns, (first, *others) = advice(RunLog.of(HACKED), "run")
+    assert warns
     assert first == (
         "The trained reward rose 0.04 while PickScore fell 0.3 and motion fell to 0.71 of the base: "
         "use step 300 (run_best.safetensors), and try strength 0.7 first."
     )
     assert others == []
-    assert "train 300 steps instead" in advice(RunLog.of(HACKED), "run", kept=False)[0]
+    assert "train 300 steps instead" in advice(RunLog.of(HACKED), "run", kept=False)[1][0]
 
 
 def test_a_good_run_is_told_so_and_an_unproven_one_too():
     good = [record(0, 0.5, 1.0), record(10, 0.6, 1.1, best=True)]
-    assert advice(RunLog.of(good), "run")[0].startswith("The last evaluation is the best: use run.safetensors")
+    warns, said = advice(RunLog.of(good), "run")
+    assert not warns
+    assert said[0].startswith("The last evaluation is the best: use run.safetensors")
     chance = [record(0, 0.5), record(10, 0.5, best=True)]
     chance[1]["guards"]["rewards"] = [0.9, 0.1, 0.8, 0.3, 0.7, 0.5]
-    said = advice(RunLog.of(chance), "run")
+    _, said = advice(RunLog.of(chance), "run")
     assert any("is not shown: the interval" in text for text in said)
     assert any("No held-out judge" in text for text in said)
-    bad = advice(RunLog.of([record(0, 0.5), record(10, 0.4)]), "run")
-    assert "No evaluation was better than the base model" in bad[0]
+    warns, said = advice(RunLog.of([record(0, 0.5), record(10, 0.4)]), "run")
+    assert warns
+    assert "No evaluation was better than the base model" in said[0]
 
 
 def test_what_the_guards_did_is_told():

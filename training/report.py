@@ -82,16 +82,19 @@ class RunLog:
         return sorted(wanted)
 
 
-def advice(log: RunLog, name: str, kept: bool = True) -> list[str]:
+def advice(log: RunLog, name: str, kept: bool = True) -> tuple[bool, list[str]]:
     """What to use, and warnings, in words; the first says what to use.
 
     Args:
         log: The run's.
         name: Of the run and its LoRA.
         kept: Whether the best step's LoRA was saved.
+
+    Returns:
+        Whether the first sentence is a warning, and the sentences.
     """
     if len(log.evaluations) < 2:
-        return ["There are not yet two evaluations to compare."]
+        return False, ["There are not yet two evaluations to compare."]
     last, best = log.evaluations[-1], log.at(log.best)
     trained, low, high = log.gain(last)
     costs = []
@@ -107,13 +110,16 @@ def advice(log: RunLog, name: str, kept: bool = True) -> list[str]:
     use = "do not use this LoRA at full strength"
     if best:
         use = f"use step {best['step']} ({name}_best.safetensors)" if kept else f"train {best['step']} steps instead"
-    words = []
+    words, warns = [], True
     if costs or (best is not last and guards["words"]):
         cost = " and ".join(costs) or "it was better before"
-        words.append(f"The trained reward {_moved(trained)} while {cost}: {use}, and try strength {GENTLE:g} first.")
+        joined = f"{_moved(trained)} {'while' if trained > 0 else 'and'} {cost}"
+        words.append(f"The trained reward {joined}: {use}, and try strength {GENTLE:g} first.")
     elif best is last:
+        warns = False
         words.append(f"The last evaluation is the best: use {name}.safetensors; the trained reward {_moved(trained)}.")
     elif best:
+        warns = False
         words.append(f"Step {best['step']} was the best: {use}; the trained reward rose {log.gain(best)[0]:.4g} there.")
     else:
         words.append("No evaluation was better than the base model; train longer, or check reward and learning rate.")
@@ -127,7 +133,7 @@ def advice(log: RunLog, name: str, kept: bool = True) -> list[str]:
             "No held-out judge looked: motion and sharpness are the only witnesses besides the trained reward. "
             "A reward that was not trained on is a better one."
         )
-    return words
+    return warns, words
 
 
 def deeds(log: RunLog, config: Mapping[str, Any]) -> list[str]:
@@ -186,8 +192,7 @@ def page(
     """
     log = RunLog.of(records)
     step = records[-1]["step"] if records else 0
-    said = advice(log, name, bool(config.get("keep_best")))
-    warns = "while" in said[0] or "No evaluation" in said[0]
+    warns, said = advice(log, name, bool(config.get("keep_best")))
     parts = [
         f"<h1>{escape(name)}</h1><p class=sub>{escape(reward)}, step {step} of {config.get('steps', step)}</p>",
         f"<div class='{'warn' if warns else 'good'}'>{escape(said[0])}</div>",
