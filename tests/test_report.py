@@ -76,6 +76,10 @@ def test_a_good_run_is_told_so_and_an_unproven_one_too():
     warns, said = advice(RunLog.of(good), "run")
     assert not warns
     assert said[0].startswith("The last evaluation is the best: use run.safetensors")
+    over = [*good, record(20, 0.59, 1.05)]
+    assert advice(RunLog.of(over), "run")[1][0].startswith("Step 10 was the best: use step 10 (run_best.safetensors)")
+    over[2]["guards"]["heldout"]["PickScore"] = [1.3, 0.9, 1.2, 1.0, 1.3, 0.9]
+    assert "either may do" in advice(RunLog.of(over), "run")[1][1]
     chance = [record(0, 0.5), record(10, 0.5, best=True)]
     chance[1]["guards"]["rewards"] = [0.9, 0.1, 0.8, 0.3, 0.7, 0.5]
     _, said = advice(RunLog.of(chance), "run")

@@ -120,7 +120,10 @@ def advice(log: RunLog, name: str, kept: bool = True) -> tuple[bool, list[str]]:
         words.append(f"The last evaluation is the best: use {name}.safetensors; the trained reward {_moved(trained)}.")
     elif best:
         warns = False
-        words.append(f"Step {best['step']} was the best: {use}; the trained reward rose {log.gain(best)[0]:.4g} there.")
+        words.append(f"Step {best['step']} was the best: {use}; the trained reward {_moved(log.gain(best)[0])} there.")
+        leads = [_interval(np.subtract(_scores(best, n), _scores(last, n))) for n in log.heldout or [""]]
+        if all(lower <= 0 for _, lower, _ in leads):
+            words.append("That it is better than the last step is not shown on so few prompts; either may do.")
     else:
         words.append("No evaluation was better than the base model; train longer, or check reward and learning rate.")
     if low <= 0 <= high:
