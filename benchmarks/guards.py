@@ -141,6 +141,8 @@ def draw(seeds: list[dict[str, Any]]) -> np.ndarray:
         axes.grid(alpha=0.25)
     panels[2].axhline(0.9, color="black", linewidth=0.8, linestyle="--")
     panels[0].legend(fontsize=8)
+    figure.suptitle("built-in model, constant learning rate; dots: the step that standard keeps, bars: where it stops",
+                    fontsize=9)  # fmt: skip
     figure.tight_layout()
     return figure_pixels(figure)
 

@@ -73,8 +73,8 @@ class TrainConfig:
             at every step.
         objective: From rewards to a loss.
         guards: Against a reward that rises while the videos get worse. standard watches the evaluations (keep_best,
-            patience) and changes no step; careful also keeps motion and shows the judge several views, for about
-            twice the time; off only reports. The next six settings and anchor are the preset's unless given.
+            patience) and changes no step; careful also keeps motion and shows the judge several views, for about 1.4
+            times the time; off only reports. The next six settings and anchor are the preset's unless given.
         keep_best: Save the LoRA of the best evaluation as NAME_best: the highest held-out score (without held-out
             rewards, the highest trained reward) among those whose motion and sharpness are sound.
         patience: The run stops after this many bad evaluations in a row: motion or sharpness is not sound, or the
