@@ -96,7 +96,10 @@ class TrainingRun:
                 tick=progress,
             )
             made, seconds, skipped = self._follow(trainer, progress)
-            loras = [read_lora(path).in_memory() for path in trainer.lora_paths.values()]
+            paths = list(trainer.lora_paths.values())
+            if self._stop() and trainer.kept_paths:  # what came after the best step is what the run was stopped for
+                paths, self.last = trainer.kept_paths, None
+            loras = [read_lora(path).in_memory() for path in paths]
             before, after = self._clips(trainer, loras)
         curve, picture = trainer.files.curve(), self._picture(trainer, f"step {config.steps}", before, after)
         overview = write_png(self.folder / "overview.png", picture)
@@ -161,16 +164,23 @@ class TrainingRun:
         sheet = np.asarray(Image.fromarray(sheet).resize((curve.shape[1], height), Image.Resampling.LANCZOS))
         return np.concatenate([curve, sheet])
 
+    def _records(self) -> list[dict]:
+        lines = (self.folder / "log.jsonl").read_text(encoding="utf-8").splitlines()
+        return [json.loads(line) for line in lines]
+
+    def _stop(self) -> str:
+        """Why the guards ended the run; empty if they did not."""
+        return self._records()[-1].get("stop", "") if self.config.patience else ""
+
     def _summary(self, made: int, seconds: float, skipped: int) -> str:
         text = f"{self.config.steps} steps on {len(self.prompts)} prompts, {made} of them now in {seconds:.0f} s"
-        records = [json.loads(line) for line in (self.folder / "log.jsonl").read_text(encoding="utf-8").splitlines()]
+        records = self._records()
         rewards = [record["evaluation"] for record in records if record.get("evaluation") is not None]
         if len(rewards) > 1:
             name = self.reward.reward.name
             text += f"; {name} on {len(self.samples)} fixed prompts {rewards[0]:.4f} -> {rewards[-1]:.4f}"
-        stop = next((record["stop"] for record in reversed(records) if record.get("stop")), "")
-        if stop and self.config.patience:
-            text += f"; {stop}"
+        if self._stop():
+            text += f"; {self._stop()}"
         if skipped:
             text += f"; {skipped} steps skipped, see log.jsonl"
         return f"{text}; files in output/{folders.listed(self.folder / 'log.jsonl')[0]['subfolder']}"

@@ -158,6 +158,21 @@ def test_cancel_keeps_a_checkpoint_and_running_again_goes_on(comfyui):
     assert steps == list(range(reached + 3))
 
 
+def test_the_guards_end_a_run_and_say_so(comfyui):
+    """With a floor of all the base model's motion, the first evaluation that moves less is the last."""
+    advanced = "{patience: 1, motion_floor: 1.0, lora_targets: [all-linear]}"
+    changes = {"steps": 12, "sample_every": 1, "sample_count": 2, "batch_size": 2, "advanced": advanced}
+    graph = graphs.train(prefix="tests/guarded", **changes)
+    outcome = comfyui.run(graph)
+    assert outcome.status == "success", outcome.message
+    (folder,) = comfyui.output.glob("tests/guarded_*")
+    last = json.loads((folder / "log.jsonl").read_text().splitlines()[-1])
+    assert last["step"] < 12
+    assert "while motion fell" in last["stop"]
+    assert last["stop"] in json.dumps(outcome.outputs[graphs.train_key(graph)])
+    assert "report.html" in {file.name for file in comfyui.files(outcome)}
+
+
 def test_same_inputs_come_from_the_cache_and_another_seed_trains_again(comfyui):
     def run(seed: int):
         graph = graphs.train(prefix="tests/seed", seed=seed)
