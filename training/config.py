@@ -83,7 +83,7 @@ class TrainConfig:
         motion_guard: Weight of a penalty on every sample that moves less than motion_floor says: between the judged
             frames, or between latents when one frame is judged. 0 is off; one more rollout a step.
         augment: How many random views of the judged frames (crop, rotation, colours, noise, missing patches) the
-            judge's gradient is averaged over; 0 shows it the frames themselves.
+            judge's gradient is averaged over, at the memory of as many judgements; 0 shows it the frames themselves.
         anchor_target: Distance at which the anchor holds the LoRA, by changing its weight from step to step; 0 leaves
             the weight alone.
         anchor: Weight of the mean squared distance, at the trained steps, between the prompt branch's predictions
