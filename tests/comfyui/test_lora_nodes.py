@@ -265,7 +265,7 @@ def test_the_sweep_recommends_and_its_strength_is_used(comfyui):
     rows = [line.split(",") for line in table.read_text().splitlines()]
     assert [row[0] for row in rows] == ["strength", "0", "0.5", "1"]
     (best,) = (row[0] for row in rows if row[-1] == "recommended")
-    assert {file.name for file in files} >= {"sweep_00001_.csv", "sweep_00001_plot.png", "sweep_00001_videos.png"}
+    assert {file.name for file in files} >= {f"{table.stem}{end}" for end in (".csv", "plot.png", "videos.png")}
     text = outcome.outputs["4"]["text"][0]
     assert text.startswith("Use no LoRA" if best == "0" else f"Use strength {best}")
     assert f"strength {best}" in outcome.outputs.get("7", {"text": [f"strength {best}"]})["text"][0]
