@@ -50,7 +50,9 @@ def _load(source: str | ModelFiles, title: str, dtype: str, download: bool, node
         )
     spec = model.spec
     facts = f"{spec.name}: {spec.width}x{spec.height}, {spec.frames} frames, {spec.steps} steps, "
-    facts += f"guidance {spec.guidance_scale:g}" + (f", experts {', '.join(spec.experts)}" if spec.boundary else "")
+    facts += f"{spec.solver}, guidance {spec.guidance_scale:g}"
+    facts += f", experts {', '.join(spec.experts)}" if spec.boundary else ""
+    facts += f"; recipe {spec.recipe}" if spec.recipe else ""
     say(facts, node)
     return io.NodeOutput(LoadedModel(model, f"{title} {dtype}"), ui={"text": [facts]})
 
