@@ -64,8 +64,9 @@ def in_float8(network: nn.Module) -> Iterator[None]:
 
 def quantise(weight: Tensor) -> tuple[Tensor, Tensor]:
     """``[out, in]`` to float8 and a float32 scale ``[out, 1]``: the product of both is the weight that is used."""
-    scale = weight.detach().float().abs().amax(1, keepdim=True).clamp_min(1e-12) / torch.finfo(FLOAT8).max
-    return (weight.detach().float() / scale).to(FLOAT8), scale
+    values = weight.detach().float()
+    scale = values.abs().amax(1, keepdim=True).clamp_min(1e-12) / torch.finfo(FLOAT8).max
+    return (values / scale).to(FLOAT8), scale
 
 
 def residents(network: nn.Module) -> list[Tensor]:

@@ -17,7 +17,7 @@ from ..lora.match import fit
 from ..lora.merge import merge, merge_offsets, resize
 from ..lora.write import Layout, rounding
 from .lora_names import resolve
-from .shared import open_model, parse_lora
+from .shared import filling, open_model, parse_lora
 
 StoredType = Literal["as it is", "float32", "bfloat16", "float16"]
 
@@ -154,12 +154,7 @@ class Catalog:
 
         entry = find(self.name)
         with tqdm(unit="B", unit_scale=True, desc=entry.file) as bar:
-
-            def progress(done: int, total: int) -> None:
-                bar.total, bar.n = total or None, done
-                bar.refresh()
-
-            path = download(entry, self.folder, progress)
+            path = download(entry, self.folder, filling(bar))
         print(f"{path}\n{entry.summary()}")
         return 0
 

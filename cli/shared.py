@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -47,14 +47,19 @@ def open_model(
     from tqdm import tqdm
 
     with tqdm(unit="B", unit_scale=True, desc=name, disable=not download, leave=False, delay=1) as bar:
-
-        def progress(done: int, total: int) -> None:
-            bar.total, bar.n = total or None, done
-            bar.refresh()
-
         return load_video_model(
-            name, dtype=dtype, device=device, text=text, search=[VIDEO_MODELS], download=download, progress=progress
+            name, dtype=dtype, device=device, text=text, search=[VIDEO_MODELS], download=download, progress=filling(bar)
         )
+
+
+def filling(bar: Any) -> Callable[[int, int], None]:
+    """What moves a tqdm bar by the bytes done and in total (0 if unknown)."""
+
+    def progress(done: int, total: int) -> None:
+        bar.total, bar.n = total or None, done
+        bar.refresh()
+
+    return progress
 
 
 LORA_SPELLING = re.compile(r"(?P<path>.+?)(?::(?P<strength>[^:@/\\]*))?(?:@(?P<where>[^:@/\\]*))?")

@@ -6,7 +6,7 @@ import logging
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
@@ -171,6 +171,22 @@ class Progress:
     def say(self, text: str) -> None:
         """Show a text on the node."""
         say(text, self._node_id)
+
+
+def downloading(node_id: str | None, *, megabytes: bool = False) -> Callable[[int, int], None]:
+    """The bar of a download in percent, on request with megabytes in words; a cancel point too."""
+    progress, shown = Progress(100, node_id), -1
+
+    def report(done: int, total: int) -> None:
+        nonlocal shown
+        percent = 100 * done // total if total else 0
+        if percent == shown:
+            progress("download")
+        else:
+            progress.show(percent, text=f"{done >> 20} of {total >> 20} MiB" if megabytes else "")
+            shown = percent
+
+    return report
 
 
 @contextmanager

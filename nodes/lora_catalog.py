@@ -7,10 +7,8 @@ from comfy_api.latest import io
 
 from ..lora.catalog import CATALOG, download, find
 from ..lora.files import read_lora
-from .bridge import Progress, engine
+from .bridge import downloading, engine, say
 from .types import LoraType
-
-MEBIBYTE = 1 << 20
 
 
 class FetchPublishedLora(io.ComfyNode):
@@ -42,20 +40,11 @@ class FetchPublishedLora(io.ComfyNode):
 
     @classmethod
     def execute(cls, name: str) -> io.NodeOutput:
-        progress, shown = Progress(100, cls.hidden.unique_id), -1
-
-        def show(done: int, total: int) -> None:
-            nonlocal shown
-            progress("download")  # a cancel point
-            percent = 100 * done // total if total else 0
-            if percent != shown:
-                progress.show(percent, text=f"{done // MEBIBYTE} of {total // MEBIBYTE} MiB")
-                shown = percent
-
+        node = cls.hidden.unique_id
         with engine():
             entry = find(name)
-            path = download(entry, folder_paths.get_folder_paths("loras")[0], show)
+            path = download(entry, folder_paths.get_folder_paths("loras")[0], downloading(node, megabytes=True))
             lora = read_lora(path).in_memory()
         about = f"{entry.name}: {entry.summary()}"
-        progress.say(about)
+        say(about, node)
         return io.NodeOutput(lora, entry.strength, about, ui={"text": [about]})

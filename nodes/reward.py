@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, get_args
 
@@ -15,7 +15,7 @@ from ..reward_models.mixture import Combination, Mixture, MixtureSettings
 from ..reward_models.protocol import Reward
 from ..reward_models.spelling import Term, parse
 from . import folders
-from .bridge import Progress, engine, patience, say
+from .bridge import downloading, engine, patience, say
 from .types import LoadedReward, RewardType
 
 DEFAULT = "default"
@@ -139,22 +139,6 @@ def _option_inputs() -> list[io.Input]:
         else:
             made.append(io.String.Input(key, default="", optional=True, tooltip=about))
     return made
-
-
-def downloading(node: str | None) -> Callable[[int, int], None]:
-    """The bar of a download in percent; a cancel point too."""
-    progress, shown = Progress(100, node), -1
-
-    def report(done: int, total: int) -> None:
-        nonlocal shown
-        percent = 100 * done // total if total else 0
-        if percent == shown:
-            progress("download")
-        else:
-            progress.show(percent)
-            shown = percent
-
-    return report
 
 
 def _about(terms: tuple[Term, ...]) -> str:

@@ -8,8 +8,7 @@ from comfy_api.latest import io
 
 from ..video_models import BUILTIN, ModelFiles, load_video_model
 from . import folders
-from .bridge import engine, patience, say
-from .reward import downloading
+from .bridge import downloading, engine, patience, say
 from .types import LoadedModel, VideoModelType
 
 DTYPES = ["auto", "bfloat16", "float16", "float32"]

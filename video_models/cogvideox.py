@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .cogvideox_decoder import decoder_stations
-from .common import check_pairs, draw_noise, freeze, linear_names, move, no_text_encoder, short_hash
+from .common import check_pairs, draw_noise, freeze, linear_names, move, no_text_encoder, refuse_images, short_hash
 from .images import fit_image, masked_latents
 from .precision import float64_throughout
 from .protocol import Carried, Conditioning, ModelSpec
@@ -146,12 +146,11 @@ class CogVideoXModel:
         config = self.transformer.config
         extra = config.in_channels - config.out_channels
         c, t, h, w = latent_shape
-        if extra == 0 and not (start is None and end is None):
-            raise ValueError(f"{self.spec.name} is a text-to-video model and takes no start or end image")
+        if extra == 0:
+            refuse_images(self.spec, start, end)
+            return {}
         if extra == c and end is not None:
             raise ValueError(f"{self.spec.name} takes a start image, and no end image")
-        if extra == 0:
-            return {}
         size = (h * self.spec.spatial_stride, w * self.spec.spatial_stride)
         start, end = (fit_image(name, v, batch, size) for name, v in (("start", start), ("end", end)))
         if extra != c:

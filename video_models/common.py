@@ -66,6 +66,12 @@ def no_text_encoder(spec: ModelSpec) -> RuntimeError:
     return RuntimeError(f"{spec.name} was loaded without its text encoder; load it with text=True")
 
 
+def refuse_images(spec: ModelSpec, start: Tensor | None, end: Tensor | None) -> None:
+    """Raise ``ValueError`` if a text-to-video model is given an image."""
+    if start is not None or end is not None:
+        raise ValueError(f"{spec.name} is a text-to-video model and takes no start or end image")
+
+
 def check_pairs(positive: Sequence[Tensor], negative: Sequence[Tensor] | None) -> None:
     """Raise ``ValueError`` unless there is a negative text for every positive one, or none at all."""
     if negative is not None and len(negative) != len(positive):

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .common import check_pairs, draw_noise, freeze, linear_names, move, no_text_encoder, short_hash
+from .common import check_pairs, draw_noise, freeze, linear_names, move, no_text_encoder, refuse_images, short_hash
 from .easyanimate_decoder import decoder_stations
 from .easyanimate_keys import original_module_name
 from .easyanimate_published import as_published
@@ -131,8 +131,7 @@ class EasyAnimateModel:
         self, batch: int, latent_shape: Sequence[int], start: Tensor | None, end: Tensor | None
     ) -> dict[str, Tensor]:
         if not self.spec.image_to_video:
-            if start is not None or end is not None:
-                raise ValueError(f"{self.spec.name} is a text-to-video model and takes no start or end image")
+            refuse_images(self.spec, start, end)
             return {}
         stride = self.spec.spatial_stride
         size = (latent_shape[2] * stride, latent_shape[3] * stride)

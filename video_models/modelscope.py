@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .common import check_pairs, draw_noise, freeze, linear_names, move, no_text_encoder, short_hash
+from .common import check_pairs, draw_noise, freeze, linear_names, move, no_text_encoder, refuse_images, short_hash
 from .pictures import decode_pictures
 from .protocol import Carried, Conditioning, ModelSpec
 from .solvers import Ddim
@@ -108,8 +108,7 @@ class ModelScopeModel:
         start_image: Tensor | None = None,
         end_image: Tensor | None = None,
     ) -> Conditioning:
-        if start_image is not None or end_image is not None:
-            raise ValueError(f"{self.spec.name} is a text-to-video model and takes no start or end image")
+        refuse_images(self.spec, start_image, end_image)
         check_pairs(positive, negative)
 
         def branch(texts: Sequence[Tensor]) -> dict[str, Tensor]:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..block_weights import bring
-from .common import check_pairs, draw_noise, freeze, linear_names, move, no_text_encoder, short_hash
+from .common import check_pairs, draw_noise, freeze, linear_names, move, no_text_encoder, refuse_images, short_hash
 from .images import fit_image
 from .precision import float64_throughout
 from .protocol import Carried, Conditioning, ModelSpec
@@ -160,8 +160,7 @@ class WanModel:
         """What the transformer is told of the images, by the names :meth:`predict` knows."""
         config, (_, _, h, w) = self.transformer.config, latent_shape
         if not self.spec.image_to_video:
-            if start is not None or end is not None:
-                raise ValueError(f"{self.spec.name} is a text-to-video model and takes no start or end image")
+            refuse_images(self.spec, start, end)
             return {}
         size = (h * self.spec.spatial_stride, w * self.spec.spatial_stride)
         start, end = (fit_image(name, v, batch, size) for name, v in (("start", start), ("end", end)))
