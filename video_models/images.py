@@ -48,7 +48,7 @@ def masked_latents(
         frames: Of the video; those not given are -1.
         latent_shape: ``(C, t, h, w)``.
         factor: The VAE's scaling factor, by which the publisher multiplies the mask (1 = given) too.
-        noise: Whether given pixels get noise, the same every time.
+        noise: Whether given pixels get noise, the same for every sample and every time.
 
     Returns:
         ``[B, 1 + C, t, h, w]``, the mask first.
@@ -62,7 +62,7 @@ def masked_latents(
     generator = torch.Generator().manual_seed(0)
     for pixels, index in images:
         if noise:
-            noisy = pixels + GIVEN_NOISE * torch.randn(pixels.shape, generator=generator)
+            noisy = pixels + GIVEN_NOISE * torch.randn(pixels.shape[1:], generator=generator)
             pixels = torch.where(pixels == -1, pixels, noisy)
         video[:, :, index], mask[:, :, index] = pixels, 1
     if t > 1:

@@ -139,7 +139,10 @@ class VideoModel(Protocol):
         ...
 
     def encode_text(self, prompts: Sequence[str]) -> list[Tensor]:
-        """One embedding ``[L_i, D]`` a prompt, cut to its true length. Without gradient."""
+        """One embedding ``[L_i, D]`` a prompt, without gradient.
+
+        Cut to its true length where the model pads with zeros; with the padding where the model reads that too.
+        """
         ...
 
     def conditioning(
