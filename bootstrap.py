@@ -21,8 +21,6 @@ def ready(extra: str = "") -> Path:
     Args:
         extra: An optional dependency group of pyproject.toml to install too.
     """
-    if sys.version_info < (3, 10):  # noqa: UP036  (this file must speak to older ones)
-        sys.exit(f"Python 3.10 or newer is needed, this is {sys.version.split()[0]}")
     programs = ENVIRONMENT / ("Scripts" if os.name == "nt" else "bin")
     wanted = hashlib.sha256((ROOT / "pyproject.toml").read_bytes()).hexdigest()
     stamp = ENVIRONMENT / f"installed-{extra or 'base'}.txt"
@@ -30,9 +28,7 @@ def ready(extra: str = "") -> Path:
         return programs
     started = time.monotonic()
     print(f"Installing into {ENVIRONMENT} (PyTorch is large: a few minutes the first time) ...", flush=True)
-    if not (programs / ("python.exe" if os.name == "nt" else "python")).exists():
-        venv.create(ENVIRONMENT, with_pip=True)
-    python = str(programs / "python")
+    python = str(_python(programs))
     target = f"{ROOT}[{extra}]" if extra else str(ROOT)
     command = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--editable", target]
     if subprocess.run(command, check=False, cwd=ENVIRONMENT).returncode:
@@ -42,6 +38,27 @@ def ready(extra: str = "") -> Path:
     stamp.write_text(wanted)
     print(f"Installed in {time.monotonic() - started:.0f} s.", flush=True)
     return programs
+
+
+def _python(programs: Path) -> Path:
+    if sys.version_info < (3, 10):  # noqa: UP036  (this file must speak to older ones)
+        sys.exit(f"Python 3.10 or newer is needed, this is {sys.version.split()[0]}")
+    python = programs / ("python.exe" if os.name == "nt" else "python")
+    if not python.exists():
+        venv.create(ENVIRONMENT, with_pip=True)
+    return python
+
+
+def comfy_cli() -> Path:
+    """comfy-cli's program, installed into the environment if need be; nothing else is."""
+    programs = ENVIRONMENT / ("Scripts" if os.name == "nt" else "bin")
+    comfy = programs / ("comfy.exe" if os.name == "nt" else "comfy")
+    if not comfy.exists():
+        print(f"Installing comfy-cli into {ENVIRONMENT} ...", flush=True)
+        command = [str(_python(programs)), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+        if subprocess.run([*command, "comfy-cli"], check=False).returncode:
+            sys.exit(f"the installation failed; the command was: {' '.join([*command, 'comfy-cli'])}")
+    return comfy
 
 
 def run(program: str, arguments: list[str], extra: str = "", **environment: str) -> int:
