@@ -8,14 +8,16 @@ import pytest
 import torch
 from reward_lora.lora.adapter import inject_new
 from reward_lora.selfcheck import exactness
+from reward_lora.training.config import TrainConfig
 from reward_lora.training.gradient import Anchor, Walk, replay, rollout
 from reward_lora.training.judge import Objective, View, judge
+from reward_lora.training.sample import sample
 from reward_lora.training.schedule import BackpropSchedule, Plan
 
 
 def test_replay_equals_one_graph_in_float64_for_every_schedule():
     lines = list(exactness.check())
-    assert len(lines) == len(exactness.SCHEDULES)
+    assert len(lines) == len(exactness.SCHEDULES) + 1
     assert [str(line) for line in lines if line.failed] == []
 
 
@@ -183,7 +185,7 @@ def test_bad_schedules_say_what_is_allowed(settings, words):
 def test_through_the_prompts_branch_alone_it_is_that_of_a_graph_without_the_other(coupling):
     class PromptOnly(Walk):
         def predict(self, x, sigma):
-            (negative, unwanted), (positive, wanted) = self.branches()
+            (negative, unwanted), (positive, wanted) = self.branches(sigma)
             with torch.no_grad():
                 kept = negative * self.model.predict(x, sigma, unwanted)
             return kept + positive * self.model.predict(x, sigma, wanted)
@@ -207,3 +209,47 @@ def test_through_the_prompts_branch_alone_it_is_that_of_a_graph_without_the_othe
     replay(walk, kept, plan, verdict.gradient, coupling, branch="prompt")
     assert exactness.relative_error(exactness.gradients(adapter), reference) < 1e-12
     assert calls.count("replay") == 3
+
+
+def evaluations(network):
+    """Samples that a network is called for, by a list that grows."""
+    seen = []
+    network.register_forward_hook(lambda module, args, kwargs, out: seen.append(len(out[0])), with_kwargs=True)
+    return seen
+
+
+@pytest.mark.parametrize("batched", [True, False])
+def test_outside_of_its_interval_guidance_costs_nothing_and_says_nothing(wan, filled, batched):
+    filled.train()
+    text, negative = wan.encode_text(["a"]), wan.encode_text([""])
+    conditioning, noise = wan.conditioning(text, negative, exactness.LATENT_SHAPE), torch.ones(1, 4, 2, 4, 4)
+    sigmas, seen = wan.sigmas(6), evaluations(wan.transformer)
+    low, high = float(sigmas[4]), float(sigmas[1])
+    guided = [1, 2, 3]  # above low, up to high
+    walk = Walk(wan, conditioning, 3.0, batched, guidance_interval=(low, high))
+    final, kept = rollout(walk, noise, Plan(sigmas, (0, 1, 4, 5)))
+    assert sum(seen) == 6 + len(guided)
+    x = noise
+    for i in range(6):
+        scale = 3.0 if i in guided else 1.0
+        x = wan.step(x, Walk(wan, conditioning, scale, batched).predict(x, sigmas[i]), sigmas[i], sigmas[i + 1])
+    assert torch.equal(final, x)
+    seen.clear()
+    replay(walk, kept, Plan(sigmas, (0, 1, 4, 5)), torch.zeros_like(final))
+    assert sum(seen) == 4 + 1
+
+
+def test_sampling_keeps_to_the_interval(wan):
+    text, negative = wan.encode_text(["a"]), wan.encode_text([""])
+    conditioning, seen = wan.conditioning(text, negative, exactness.LATENT_SHAPE), evaluations(wan.transformer)
+    frames = sample(wan, conditioning, [1], exactness.LATENT_SHAPE, 4, 3.0, guidance_interval=(0.0, 0.01))
+    assert sum(seen) == 4
+    assert torch.equal(frames, sample(wan, conditioning, [1], exactness.LATENT_SHAPE, 4, 1.0))
+
+
+@pytest.mark.parametrize("interval", [(0.5, 0.5), (-0.1, 1.0), (0.2, 1.1), (0.3,)])
+def test_an_interval_that_is_none_is_refused(interval):
+    with pytest.raises(ValueError, match="0 <= low < high <= 1"):
+        TrainConfig(guidance_interval=interval)
+    whole = TrainConfig.from_dict({"guidance_interval": [0, 1]})
+    assert whole.fingerprint() == TrainConfig().fingerprint()

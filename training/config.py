@@ -32,6 +32,7 @@ FREE_TO_CHANGE = (
     "keep_best",
     "patience",
     "motion_floor",
+    "sweep",
 )
 """Fields that may differ when a run is resumed: they do not touch the steps already made."""
 
@@ -65,6 +66,9 @@ class TrainConfig:
         frames: Frames of the sampled video; 0 takes the model's default.
         sampler_steps: Solver steps of the rollout; 0 takes the model's default.
         guidance_scale: Classifier-free guidance of the rollout; 0 takes the model's default, 1 turns it off.
+        guidance_interval: Noise levels, above the first and up to the second of 0..1, at which guidance works; at the
+            others the prompt's branch walks alone, for half the time. Kynkäänniemi et al. (arXiv 2404.07724) leave it
+            out at the highest and lowest levels. 0 1 is everywhere.
         negative_prompt: What guidance leads away from.
         backprop: Which solver steps are trained.
         judged_latents: How many latent frames, from the first, are decoded and judged; 0 is all.
@@ -74,12 +78,14 @@ class TrainConfig:
         objective: From rewards to a loss.
         guards: Against a reward that rises while the videos get worse. standard watches the evaluations (keep_best,
             patience) and changes no step; careful also keeps motion and shows the judge several views, for about 1.4
-            times the time; off only reports. The next six settings and anchor are the preset's unless given.
+            times the time; off only reports. The next seven settings and anchor are the preset's unless given.
         keep_best: Save the LoRA of the best evaluation as NAME_best: the highest held-out score (without held-out
             rewards, the highest trained reward) among those whose motion and sharpness are sound.
         patience: The run stops after this many bad evaluations in a row: motion or sharpness is not sound, or the
             held-out score is lower than at the best step although the trained reward is higher; 0 never stops.
         motion_floor: Motion below this share of the base model's, on the same prompts and seeds, is not sound.
+        sweep: When the run ends, paint the evaluation prompts with its LoRA (the best one, if there is one) at strength
+            0.25, 0.5 and 0.7 too, so that the report can say at which to use it: the time of three evaluations.
         motion_guard: Weight of a penalty on every sample that moves less than motion_floor says: between the judged
             frames, or between latents when one frame is judged. 0 is off; one more rollout a step.
         augment: How many random views of the judged frames (crop, rotation, colours, noise, missing patches) the
@@ -129,6 +135,7 @@ class TrainConfig:
     frames: int = 0
     sampler_steps: int = 0
     guidance_scale: float = 0.0
+    guidance_interval: tuple[float, float] = (0.0, 1.0)
     negative_prompt: str = ""
     backprop: BackpropSchedule = field(default_factory=BackpropSchedule)
     judged_latents: int = 1
@@ -139,6 +146,7 @@ class TrainConfig:
     keep_best: bool | None = None
     patience: int | None = None
     motion_floor: float | None = None
+    sweep: bool | None = None
     motion_guard: float | None = None
     augment: int | None = None
     anchor_target: float | None = None
@@ -166,6 +174,9 @@ class TrainConfig:
                 value = getattr(self, name)
                 if value is not None and not value >= low:
                     raise ValueError(f"{name} must be at least {low}, got {value}")
+        if len(interval := self.guidance_interval) != 2 or not 0 <= interval[0] < interval[1] <= 1:
+            given = " ".join(map(str, interval))
+            raise ValueError(f"guidance_interval must be two noise levels with 0 <= low < high <= 1, got {given}")
         if self.motion_floor is not None and self.motion_floor > 1:
             raise ValueError(f"motion_floor must lie in 0..1, got {self.motion_floor}")
         for name in ("learning_rate", "epsilon", "max_grad_norm", "network_alpha"):
@@ -269,8 +280,8 @@ def _build(cls: type, data: dict[str, Any]) -> Any:
     for name, value in data.items():
         if name in nested and isinstance(value, dict):
             value = _build(nested[name], value)
-        elif isinstance(value, list):
-            value = tuple(value)
+        elif isinstance(value, (list, tuple)):
+            value = tuple(map(float, value) if known[name].type == "tuple[float, float]" else value)
         elif isinstance(value, (str, int)) and known[name].type in ("float", "float | None"):
             value = float(value)  # YAML reads 1e-5 as text, and 8 must give the fingerprint of 8.0
         values[name] = value

@@ -36,6 +36,8 @@ class Walk:
             takes them one after the other: the gradient is linear in them, and one needs half the memory.
         tick: Called before every call of a large model.
         seeds: One a sample, for solvers that add noise at every step.
+        guidance_interval: Noise levels ``(low, high]`` with guidance; at others the prompt's branch walks alone, at
+            half the cost (Kynkäänniemi et al., arXiv 2404.07724).
     """
 
     model: VideoModel
@@ -44,17 +46,19 @@ class Walk:
     batched_guidance: bool = True
     tick: Tick = silent
     seeds: Sequence[int] = ()
+    guidance_interval: tuple[float, float] = (0.0, 1.0)
 
-    def branches(self) -> list[tuple[float, Mapping[str, Tensor]]]:
-        """Guidance branches with their weights in ``u + s * (c - u)``; one alone at scale 1."""
-        scale, conditioning = self.guidance_scale, self.conditioning
-        if conditioning.negative is None or scale == 1:
+    def branches(self, sigma: Tensor) -> list[tuple[float, Mapping[str, Tensor]]]:
+        """Guidance branches with their weights in ``u + s * (c - u)``; one alone at scale 1 or outside the interval."""
+        scale, conditioning, (low, high) = self.guidance_scale, self.conditioning, self.guidance_interval
+        guided = low < float(sigma) <= high + 1e-9  # a solver's 1 may be one by rounding
+        if conditioning.negative is None or scale == 1 or not guided:
             return [(1.0, conditioning.positive)]
         return [(1 - scale, conditioning.negative), (scale, conditioning.positive)]
 
     def predict(self, x: Tensor, sigma: Tensor) -> Tensor:
         """The guided prediction."""
-        branches = self.branches()
+        branches = self.branches(sigma)
         if not self.batched_guidance or len(branches) == 1:
             return sum(weight * self.model.predict(x, sigma, branch) for weight, branch in branches)
         joined = {key: torch.cat([branch[key] for _, branch in branches]) for key in branches[0][1]}
@@ -158,7 +162,7 @@ def replay(
         at_step(walk.model, i, len(plan.sigmas) - 1)
         # Only a step with a trained one before it has anybody to pass a gradient to.
         x = kept[i].detach().requires_grad_(coupling > 0 and i > first)
-        for weight, told in walk.branches():
+        for weight, told in walk.branches(sigma):
             prompted = told is walk.conditioning.positive
             if branch == "prompt" and not prompted:
                 continue

@@ -189,7 +189,8 @@ class Learner:
     ) -> Lesson:
         c = self._config
         conditioning = self._inputs.conditioning(examples)
-        walk = Walk(self._model, conditioning, c.guidance_scale, self.plan.batched_guidance, self._tick, seeds)
+        walk = Walk(self._model, conditioning, c.guidance_scale, self.plan.batched_guidance, self._tick, seeds,
+                    c.guidance_interval)  # fmt: skip
         noise = self._model.initial_latents(self._latent_shape, seeds)
         latents, kept = rollout(walk, noise, plan)
         view = c.view_at(draw, self.plan.checkpoint_vae)
@@ -225,6 +226,7 @@ class Learner:
                 seeds = [seed_for("sample", c.seed, index + b) for b in range(len(batch))]
                 told = self._inputs.conditioning(batch)
                 frames = sample(self._model, told, seeds, self._latent_shape, c.sampler_steps, c.guidance_scale,
+                                guidance_interval=c.guidance_interval,
                                 batched_guidance=self.plan.batched_guidance, tick=self._tick)  # fmt: skip
                 self._tick("reward")
                 texts, reference = prompts[index : index + len(batch)], self._inputs.reference(batch, self._reward)

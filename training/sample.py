@@ -21,11 +21,12 @@ def sample(
     steps: int,
     guidance_scale: float,
     *,
+    guidance_interval: tuple[float, float] = (0.0, 1.0),
     batched_guidance: bool = True,
     tick: Tick = silent,
 ) -> Tensor:
     """Videos ``[B, 3, T, H, W]`` in 0..1, one a seed; a video depends on its own seed and prompt alone."""
-    walk = Walk(model, conditioning, guidance_scale, batched_guidance, tick, seeds)
+    walk = Walk(model, conditioning, guidance_scale, batched_guidance, tick, seeds, guidance_interval)
     noise = model.initial_latents(latent_shape, seeds)
     latents, _ = rollout(walk, noise, Plan(model.sigmas(steps), ()))
     tick("decode")
