@@ -19,6 +19,7 @@ from reward_lora.selfcheck.exactness import ToyReward
 from reward_lora.training.checkpoint import RunIdentity, list_checkpoints
 from reward_lora.training.events import TrainingStopped
 from reward_lora.training.interrupts import interrupt_later
+from reward_lora.training.schedule import BackpropSchedule
 from reward_lora.training.trainer import Trainer
 
 PROMPTS = ["one", "two", "three", "four", "five"]
@@ -252,6 +253,41 @@ def test_ctrl_c_waits_for_the_end_of_a_block():
     assert seen
     with pytest.raises(KeyboardInterrupt):
         signal.raise_signal(signal.SIGINT)  # as before
+
+
+def test_one_rollout_serves_several_updates(wan, reward, config, tmp_path):
+    """Of six solver steps the last two are trained: an update that begins there walks two steps and not six."""
+    phases = []
+    config = replace(config, steps=4, reuse=3, sample_every=0, learning_rate=1e-12, sampler_steps=6)
+    trainer = Trainer(wan, reward, PROMPTS, config, tmp_path / "run", tick=phases.append)
+    walked, rewards = [], []
+    for event in trainer:
+        walked.append(phases.count("rollout"))
+        rewards.append(event.reward)
+    assert [b - a for a, b in zip(walked[1:-1], walked[2:], strict=True)] == [2 + 1, 2 + 1, 6 + 1]  # 1: conditioning
+    assert rewards[1] == pytest.approx(rewards[2], abs=1e-6) == pytest.approx(rewards[3], abs=1e-6)
+    assert rewards[4] != pytest.approx(rewards[1], abs=1e-4)  # another batch
+
+
+def test_a_reused_rollout_is_judged_with_the_lora_as_it_has_become(wan, config, tmp_path):
+    config = replace(config, steps=3, reuse=3, sample_every=0, max_grad_norm=1.0)
+    rewards = [event.reward for event in Trainer(wan, SamePictures(), ["one"], config, tmp_path / "run")][1:]
+    assert rewards == sorted(rewards)
+    assert rewards[2] > rewards[0]
+
+
+def test_a_run_stopped_between_two_updates_of_a_rollout_ends_the_same(wan, reward, config, tmp_path):
+    config = replace(config, steps=7, reuse=3, accumulation=2, sample_every=0, backprop=BackpropSchedule("random", 2))
+    whole = Trainer(wan, reward, PROMPTS, config, tmp_path / "whole" / "run")
+    list(whole)
+    part = Trainer(wan, reward, PROMPTS, config, tmp_path / "part" / "run")
+    with closing(iter(part)) as events:
+        for event in events:
+            if event.step == 5:
+                break
+    resumed = Trainer(wan, reward, PROMPTS, config, part.folder)
+    assert [event.step for event in resumed] == [6, 7]
+    assert resumed.lora_path.read_bytes() == whole.lora_path.read_bytes()
 
 
 def read_bytes(path: Path) -> bytes:

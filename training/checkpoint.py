@@ -83,6 +83,7 @@ def save_checkpoint(
     average: dict[str, Tensor],
     optimizer: torch.optim.Optimizer,
     reward: Reward,
+    begun: dict[str, Tensor],
 ) -> Path:
     """Write ``checkpoint-<step>.safetensors`` and delete older ones beyond ``keep_checkpoints``."""
     tensors = {f"average.{key}": value.cpu() for key, value in average.items()}
@@ -92,6 +93,7 @@ def save_checkpoint(
             tensors[f"optimizer.{key}.{name}"] = value.detach().cpu()
     if hasattr(reward, "state"):  # of a mixture: what its terms are normalised by
         tensors |= {f"reward.{name}": value for name, value in reward.state().items()}
+    tensors |= {f"begun.{batch}": latents for batch, latents in begun.items()}
     metadata = {"progress": canonical_json(asdict(progress)), "identity": canonical_json(identity.decisive())}
     path = write_safetensors(folder / PATTERN.format(progress.step), tensors, metadata)
     for old in list_checkpoints(folder)[: -identity.config.keep_checkpoints]:
@@ -111,8 +113,18 @@ def load_latest(
     average: dict[str, Tensor],
     optimizer: torch.optim.Optimizer,
     reward: Reward,
+    begun: dict[str, Tensor],
 ) -> Progress | None:
     """Restore the newest readable checkpoint of a folder in place. Without one, the reward's state begins anew.
+
+    Args:
+        folder: Of the run.
+        identity: Of the run.
+        parameters: Of the LoRAs, by name.
+        average: Their moving average, by name.
+        optimizer: Of the parameters.
+        reward: May have a state, as a mixture has.
+        begun: Latents of batches that are not used up, see :attr:`.config.TrainConfig.reuse`.
 
     Returns:
         Where the run stands, or None if there is no checkpoint.
@@ -120,6 +132,7 @@ def load_latest(
     Raises:
         ValueError: The checkpoint belongs to a run with other settings; they are named.
     """
+    begun.clear()
     stateful = hasattr(reward, "load_state")
     if stateful:
         reward.load_state({})
@@ -141,15 +154,18 @@ def load_latest(
             for key, value in average.items():
                 value.copy_(tensors.pop(f"average.{key}"))
         for key, parameter in parameters.items():
-            prefix = f"optimizer.{key}."
-            state = {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
-            if state:
+            if state := _under(f"optimizer.{key}.", tensors):
                 optimizer.state[parameter] = {
                     name: value.clone() if name == "step" else value.to(parameter.device, copy=True)
                     for name, value in state.items()
                 }
         if stateful:
-            prefix = "reward."
-            reward.load_state({n.removeprefix(prefix): v for n, v in tensors.items() if n.startswith(prefix)})
+            reward.load_state(_under("reward.", tensors))
+        begun.update(_under("begun.", tensors))
         return Progress(**json.loads(metadata["progress"]))
     return None
+
+
+def _under(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors whose names begin so, by what follows."""
+    return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}

@@ -47,6 +47,9 @@ class TrainConfig:
         steps: Optimiser steps to make.
         batch_size: Videos sampled and judged at once.
         accumulation: Batches whose gradients are averaged into one step; costs time, not memory.
+        reuse: Optimiser steps made from one rollout. The solver steps before the first trained one are walked once;
+            every update walks on from there with the LoRA as it has become, and is judged and replayed anew. Changes
+            the algorithm: after the first update the walk begins at latents of an older LoRA. 1 is off.
         learning_rate: Of AdamW. The publishers use 1e-5 for models of 1.3B and more.
         warmup_steps: Steps over which the learning rate rises from 0.
         lr_schedule: After the warm-up: constant, or linear or cosine to 0 at the last step.
@@ -117,6 +120,7 @@ class TrainConfig:
     steps: int = 300
     batch_size: int = 1
     accumulation: int = 1
+    reuse: int = 1
     learning_rate: float = 1e-5
     warmup_steps: int = 0
     lr_schedule: Schedule = "constant"
@@ -164,7 +168,8 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         at_least = {
-            1: ("steps", "batch_size", "accumulation", "rank", "save_every", "keep_checkpoints", "max_skipped"),
+            1: ("steps", "batch_size", "accumulation", "reuse", "rank", "save_every", "keep_checkpoints")
+            + ("max_skipped",),
             0: ("warmup_steps", "width", "height", "frames", "sampler_steps", "guidance_scale", "weight_decay")
             + ("anchor", "judged_latents", "judged_frames", "seed", "sample_every", "sample_count")
             + ("patience", "motion_floor", "motion_guard", "augment", "anchor_target"),

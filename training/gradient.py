@@ -76,19 +76,20 @@ class Walk:
 
 
 @torch.no_grad()
-def rollout(walk: Walk, x: Tensor, plan: Plan) -> tuple[Tensor, dict[int, Tensor]]:
+def rollout(walk: Walk, x: Tensor, plan: Plan, first: int = 0) -> tuple[Tensor, dict[int, Tensor]]:
     """Sample as inference would.
 
     Args:
         walk: Model and conditioning.
-        x: ``[B, C, t, h, w]`` noise.
+        x: ``[B, C, t, h, w]`` noise, or the latents that enter ``first``.
         plan: Noise levels, and the steps to be trained.
+        first: The step to begin with.
 
     Returns:
         The final latents, and the latents that entered each trained step.
     """
     kept = {}
-    for i in range(len(plan.sigmas) - 1):
+    for i in range(first, len(plan.sigmas) - 1):
         walk.tick("rollout")
         at_step(walk.model, i, len(plan.sigmas) - 1)
         if i in plan.trained:

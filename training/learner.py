@@ -40,11 +40,13 @@ class Lesson:
 
     Attributes:
         verdict: The judgement.
+        begun: The latents that entered the first trained step.
         drift: Mean squared distance to the base model's predictions; 0 without an anchor.
         conflicts: Between the terms of a mixture, if asked for; see :func:`.guards.conflicts`.
     """
 
     verdict: Judgement
+    begun: Tensor
     drift: float = 0.0
     conflicts: Mapping[str, float] = field(default_factory=dict)
 
@@ -146,6 +148,7 @@ class Learner:
         without_lora: Callable[[], AbstractContextManager],
         anchor: float = 0.0,
         report: bool = False,
+        begun: Tensor | None = None,
     ) -> Lesson:
         """Add the gradient of one batch to the parameters', unless it is not finite.
 
@@ -160,12 +163,13 @@ class Learner:
             without_lora: A context in which the denoiser is the base model.
             anchor: Weight of the anchor at this step.
             report: Whether to look for conflicts between the terms of a mixture.
+            begun: What an earlier lesson on this batch and plan says of itself: the walk begins there.
         """
         before = {key: None if p.grad is None else p.grad.clone() for key, p in parameters.items()}
         while True:
             try:
                 with checkpointed_blocks(self._model, self.plan.checkpoint_blocks):
-                    return self._learn(examples, seeds, plan, draw, without_lora, anchor, report)
+                    return self._learn(examples, seeds, plan, draw, without_lora, anchor, report, begun)
             except torch.OutOfMemoryError:
                 less = smaller(self.plan)
                 if less is None:
@@ -186,23 +190,26 @@ class Learner:
         without_lora: Callable[[], AbstractContextManager],
         weight: float,
         report: bool,
+        begun: Tensor | None,
     ) -> Lesson:
         c = self._config
         conditioning = self._inputs.conditioning(examples)
         walk = Walk(self._model, conditioning, c.guidance_scale, self.plan.batched_guidance, self._tick, seeds,
                     c.guidance_interval)  # fmt: skip
         noise = self._model.initial_latents(self._latent_shape, seeds)
-        latents, kept = rollout(walk, noise, plan)
+        first = plan.trained[0]
+        latents, kept = rollout(walk, noise, plan) if begun is None else rollout(walk, begun.to(noise), plan, first)
         view = c.view_at(draw, self.plan.checkpoint_vae)
         guard = self._motion_guard(walk, noise, plan, view, without_lora)
         prompts, reference = [e.prompt for e in examples], self._inputs.reference(examples, self._reward)
         verdict = judge(walk, latents, self._reward, prompts, c.objective, view, guard, reference)
         if not verdict.finite or verdict.blind:
-            return Lesson(verdict)
+            return Lesson(verdict, kept[first])
         found = conflicts(self._reward, verdict.frames, prompts, reference) if report else {}
         anchor = Anchor(weight / c.accumulation, without_lora, c.anchor_by_sigma) if weight else None
         gradient, how = verdict.gradient / c.accumulation, c.backprop
-        return Lesson(verdict, replay(walk, kept, plan, gradient, how.coupling, anchor, how.branch), found)
+        drift = replay(walk, kept, plan, gradient, how.coupling, anchor, how.branch)
+        return Lesson(verdict, kept[first], drift, found)
 
     def _motion_guard(
         self, walk: Walk, noise: Tensor, plan: Plan, view: View, without_lora: Callable[[], AbstractContextManager]

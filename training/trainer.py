@@ -10,6 +10,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from ..files import canonical_json
 from ..lora.adapter import Adapter, inject_new, total_norm
@@ -97,6 +98,7 @@ class Trainer:
         self._group, self._metadata, self._heldout = group or Group(), metadata or {}, tuple(heldout)
         self._device = _indexed(torch.device(device)) if device is not None else model.device
         self._learner = Learner(model, reward, c, tick, self._device, cache)
+        self._begun: dict[str, Tensor] = {}  # latents at the first trained step, of batches that are used again
         self._sigmas = model.sigmas(c.sampler_steps)
         self._trainable = self._trainable_steps()
         prompts_hash = f"{seed_for(*(example.identity for example in self.examples)):016x}"
@@ -140,7 +142,7 @@ class Trainer:
                 list(parameters.values()), c.learning_rate, (c.beta1, c.beta2), c.epsilon, c.weight_decay
             )
             average = Average(parameters, c.ema)
-            state = (self._identity, parameters, average.values, optimizer, self.reward)
+            state = (self._identity, parameters, average.values, optimizer, self.reward, self._begun)
             progress = load_latest(self.folder, *state) or Progress()
             optimizer.register_step_post_hook(lambda *_: average.update(progress.step - progress.skipped))
             if progress.memory and c.memory == "auto":
@@ -206,16 +208,21 @@ class Trainer:
         c, started = self.config, time.monotonic()
         if self._device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self._device)
-        plan = c.backprop.draw(self._sigmas, seed_for("plan", c.seed, progress.step), self._trainable)
+        turn, again = divmod(progress.step, c.reuse)
+        plan = c.backprop.draw(self._sigmas, seed_for("plan", c.seed, turn), self._trainable)
+        begun: dict[str, Tensor] = {}
         parts, trouble, blind, conflicts = [], "", 0, {}
         weight = guards.anchor_weight(c.anchor, c.anchor_target)
         optimizer.zero_grad(set_to_none=True)
         for micro in range(c.accumulation):
-            examples, seeds, draw = self._batch(progress.step * c.accumulation + micro)
+            examples, seeds, draw = self._batch(turn * c.accumulation + micro)
+            batch = f"{draw}.{self._group.rank}.{self._group.size}"
             report = not micro and c.evaluates_after(progress.step + 1)
             lesson = self._learner.learn(
-                examples, seeds, plan, draw, parameters, lambda: _without_lora(adapters.values()), weight, report
-            )
+                examples, seeds, plan, draw, parameters, lambda: _without_lora(adapters.values()), weight, report,
+                self._begun.get(batch),
+            )  # fmt: skip
+            begun[batch] = lesson.begun.cpu()
             verdict, conflicts = lesson.verdict, lesson.conflicts or conflicts
             said = getattr(self.reward, "terms", {})
             parts.append(Part(verdict.rewards.cpu(), verdict.loss, lesson.drift, verdict.motion, said))
@@ -226,6 +233,9 @@ class Trainer:
         if not trouble and blind == c.accumulation:
             trouble = "the reward found nothing to judge, such as no face: its gradient was 0 everywhere"
         progress.memory = self._learner.plan.name
+        if c.reuse > 1 and not again:  # everybody's, for the checkpoint
+            for of_one in self._group.gather(begun):
+                self._begun.update(of_one)
         counted = self._group.average(parameters.values(), not trouble)
         parts = [part for parts_of_one in self._group.gather(parts) for part in parts_of_one]
         trouble = "" if counted else trouble or "no process could judge its batch"
@@ -247,6 +257,8 @@ class Trainer:
             if terms and hasattr(self.reward, "observe"):
                 self.reward.observe(terms)
             progress.step += 1
+            if progress.step % c.reuse == 0:
+                self._begun.clear()
             progress.skipped += bool(trouble)
             progress.skipped_in_a_row = progress.skipped_in_a_row + 1 if trouble else 0
         return StepEvent(
