@@ -11,10 +11,11 @@ from typing import Any, Literal, get_args
 from ..files import canonical_json
 from ..video_models.protocol import ModelSpec
 from .guards import PRESETS, Preset
-from .judge import FrameChoice, Objective, View
+from .judge import Objective
 from .memory import MemoryChoice
 from .schedule import BackpropSchedule
 from .seeds import seed_for
+from .view import FrameChoice, LatentChoice, View
 
 Schedule = Literal["constant", "linear", "cosine"]
 SaveType = Literal["bfloat16", "float16", "float32"]
@@ -74,10 +75,15 @@ class TrainConfig:
             out at the highest and lowest levels. 0 1 is everywhere.
         negative_prompt: What guidance leads away from.
         backprop: Which solver steps are trained.
-        judged_latents: How many latent frames, from the first, are decoded and judged; 0 is all.
+        judged_latents: How many latent frames are judged; 0 is all.
+        judged_from: Which latent frames these are: first takes them from the first on; random draws them anew at every
+            step, and decodes the video up to the last one drawn.
         judged_frames: How many of the decoded frames the reward sees; 0 is all.
         judged_choice: Which frames these are: even spreads them, first and last included; random draws them anew
             at every step.
+        judged_weights: How much the judged frames count along the video, from its first frame to its last: 0, 1 rises,
+            1, 0 falls, 0, 1, 0 favours the middle; any number of them, with straight lines between. They scale the
+            frames' gradients; the reward that is reported stays the plain mean. Empty weighs all alike.
         objective: From rewards to a loss.
         guards: Against a reward that rises while the videos get worse. standard watches the evaluations (keep_best,
             patience) and changes no step; careful also keeps motion and shows the judge several views, for about 1.4
@@ -143,8 +149,10 @@ class TrainConfig:
     negative_prompt: str = ""
     backprop: BackpropSchedule = field(default_factory=BackpropSchedule)
     judged_latents: int = 1
+    judged_from: LatentChoice = "first"
     judged_frames: int = 0
     judged_choice: FrameChoice = "even"
+    judged_weights: tuple[float, ...] = ()
     objective: Objective = field(default_factory=Objective)
     guards: Preset = "standard"
     keep_best: bool | None = None
@@ -194,6 +202,7 @@ class TrainConfig:
         choices = {
             "lr_schedule": Schedule,
             "save_dtype": SaveType,
+            "judged_from": LatentChoice,
             "judged_choice": FrameChoice,
             "memory": MemoryChoice,
             "guards": Preset,
@@ -201,6 +210,15 @@ class TrainConfig:
         for name, kind in choices.items():
             if getattr(self, name) not in get_args(kind):
                 raise ValueError(f"{name} must be one of {', '.join(get_args(kind))}, got {getattr(self, name)!r}")
+        weights = tuple(map(float, self.judged_weights))
+        if weights and not (all(0 <= w < math.inf for w in weights) and any(weights)):
+            raise ValueError(f"judged_weights must be 0 or more each, and not all 0, got {list(weights)}")
+        if weights and (self.judged_latents, self.judged_from) == (1, "first"):
+            raise ValueError("judged_weights weigh frames against each other, and only the first is judged; raise "
+                             "judged_latents, or 0 for all")  # fmt: skip
+        if weights and self.judged_frames == 1:
+            raise ValueError("judged_weights weigh frames against each other; judged_frames must not be 1")
+        object.__setattr__(self, "judged_weights", weights)  # as written in YAML, 0 and 1 are 0.0 and 1.0
 
     def for_model(self, spec: ModelSpec) -> TrainConfig:
         """The same settings with every default of the model and of the guards' preset filled in, checked.
@@ -234,7 +252,8 @@ class TrainConfig:
     def view_at(self, draw: int, save_memory: bool) -> View:
         """What the reward sees at a draw of a batch, counted from 0."""
         seed = seed_for("frames", self.seed, draw)
-        return View(self.judged_latents, self.judged_frames, self.judged_choice, save_memory, seed, self.augment or 0)
+        return View(self.judged_latents, self.judged_frames, self.judged_choice, save_memory, seed, self.augment or 0,
+                    self.judged_from, self.judged_weights)  # fmt: skip
 
     def evaluates_after(self, step: int) -> bool:
         """Whether an evaluation follows so many steps."""

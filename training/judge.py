@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 import math
-import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal
 
 import torch
 from torch import Tensor
 
 from ..reward_models.protocol import Reward
 from .augment import augmented
-from .decoding import Decoder
+from .decoding import Decoder, sparse
 from .gradient import Walk
 from .guards import MotionGuard
 from .seeds import seed_for
-
-FrameChoice = Literal["even", "random"]
+from .view import View
 
 
 @dataclass(frozen=True)
@@ -77,49 +74,13 @@ class Judgement:
         return bool(torch.isfinite(self.rewards).all() and torch.isfinite(self.gradient).all())
 
 
-@dataclass(frozen=True)
-class View:
-    """What of a video the reward gets to see.
-
-    Attributes:
-        latents: How many latent frames, from the first on, are decoded; 0 is all.
-        frames: How many of the decoded frames the reward sees; 0 is all.
-        choice: ``even``: spread evenly, first and last included; ``random``: drawn anew at every step, so that
-            all frames are seen in time.
-        save_memory: Checkpoint the blocks of the VAE's decoder while the gradient is taken.
-        seed: Of all chance in it.
-        augment: How many random views of these frames (:mod:`.augment`) the reward is averaged over; 0 is the frames
-            themselves.
-    """
-
-    latents: int = 1
-    frames: int = 0
-    choice: FrameChoice = "even"
-    save_memory: bool = False
-    seed: int = 0
-    augment: int = 0
-
-    @property
-    def several(self) -> bool:
-        """Whether it holds more than one frame, of a video that has them, so that motion can be seen in it."""
-        return self.latents != 1 and self.frames != 1
-
-    def pick(self, total: int) -> list[int]:
-        """Indices of the frames to see, ascending, of ``total`` decoded ones."""
-        if self.frames <= 0 or self.frames >= total:
-            return list(range(total))
-        if self.choice == "random":
-            return sorted(random.Random(self.seed).sample(range(total), self.frames))
-        return torch.linspace(0, total - 1, self.frames).long().tolist()
-
-
 @torch.no_grad()
 def seen_frames(walk: Walk, latents: Tensor, view: View) -> Tensor:
     """What a view shows of final latents, ``[B, 3, T, H, W]``, without gradient."""
-    part = latents[:, :, : view.latents] if view.latents else latents
-    clips, _ = Decoder(walk.model, walk.tick).forward(part)
+    clips, _ = Decoder(walk.model, walk.tick).forward(view.part(walk.model, latents))
     frames = torch.cat(clips, dim=2)
-    return frames[:, :, view.pick(frames.shape[2])]
+    shown, _ = view.shown(walk.model, latents.shape[2], frames.shape[2])
+    return frames[:, :, shown]
 
 
 def judge(
@@ -148,29 +109,34 @@ def judge(
         reference: ``[B, 3, T, H, W]`` in 0..1, for a reward that needs one.
 
     Raises:
-        ValueError: The reward passes no gradient to the frames.
+        ValueError: The reward passes no gradient to the frames, or the view weighs frames that it does not judge.
     """
     view = view or View()
-    part = (latents[:, :, : view.latents] if view.latents else latents).detach()
+    view.check(reward)
+    model, total, part = walk.model, latents.shape[2], view.part(walk.model, latents).detach()
+    chunks = len(model.chunks(part.shape[2]))
     keep_on = torch.device("cpu") if latents.device.type != "cpu" else None
-    decoder = Decoder(walk.model, walk.tick, view.save_memory, keep_on)
-    if len(decoder.split(part)) == 1:
+    decoder = Decoder(model, walk.tick, view.save_memory, keep_on, sparse(chunks) if view.save_memory else 1)
+    if chunks == 1:
         part.requires_grad_()
         with torch.enable_grad():
             frames = decoder.with_graph(part)
-            seen = frames[:, :, view.pick(frames.shape[2])]
-            rewards, loss = _score(walk, seen, reward, prompts, objective, view, guard, reference)
+            shown, weights = view.shown(model, total, frames.shape[2])
+            seen = frames[:, :, shown]
+            rewards, loss = _score(walk, seen, reward, prompts, objective, view, weights, guard, reference)
             (found,) = torch.autograd.grad(loss, part)
     else:
         clips, given = decoder.forward(part)
         lengths = [clip.shape[2] for clip in clips]
-        shown = view.pick(sum(lengths))
+        shown, weights = view.shown(model, total, sum(lengths))
         seen = torch.cat(clips, dim=2)[:, :, shown].requires_grad_()
+        del clips  # while the gradient goes back, the frames are there once, and once their gradient
         with torch.enable_grad():
-            rewards, loss = _score(walk, seen, reward, prompts, objective, view, guard, reference)
+            rewards, loss = _score(walk, seen, reward, prompts, objective, view, weights, guard, reference)
             (at_seen,) = torch.autograd.grad(loss, seen)
         at_frames = at_seen.new_zeros(*seen.shape[:2], sum(lengths), *seen.shape[3:])
         at_frames[:, :, shown] = at_seen
+        del at_seen
         found = decoder.backward(part, given, at_frames.split(lengths, dim=2))
     gradient = torch.zeros_like(latents)
     gradient[:, :, : part.shape[2]] = found
@@ -194,12 +160,17 @@ def _score(
     prompts: Sequence[str],
     objective: Objective,
     view: View,
+    weights: Tensor | None,
     guard: MotionGuard | None,
     reference: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """Rewards ``[B]``, the mean over the view's augmentations, and the loss."""
+    """Rewards ``[B]``, the mean over the view's augmentations, and the loss; ``weights`` are the frames' or None."""
     walk.tick("reward")
-    shown = [augmented(frames, seed_for("augment", view.seed, n)) for n in range(view.augment)] or [frames]
+    judged = frames
+    if weights is not None:  # of a mean over frames, this is the gradient of the weighted mean
+        judged = frames.view_as(frames)
+        judged.register_hook(lambda gradient: gradient * weights.to(gradient)[:, None, None])
+    shown = [augmented(judged, seed_for("augment", view.seed, n)) for n in range(view.augment)] or [judged]
     reference = None if reference is None else reference.to(frames)
     rewards = torch.stack([reward.score(clips, prompts, reference=reference) for clips in shown]).mean(0)
     if not rewards.requires_grad:

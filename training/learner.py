@@ -85,6 +85,7 @@ class Learner:
         device: torch.device,
         cache: Path | None,
     ) -> None:
+        config.view_at(0, False).check(reward)
         self.plan = plan_for(config.memory, model)
         self._model, self._reward, self._config = model, reward, config
         self._stores: ExitStack | None = None

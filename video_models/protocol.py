@@ -60,7 +60,7 @@ class ModelSpec:
 
     @property
     def frame_rule(self) -> str:
-        """Which frame counts there are, for messages; a family with another rule overrides it and the two methods."""
+        """Which frame counts there are, for messages; a family with another rule overrides it and the three methods."""
         return "1 or more" if self.temporal_stride == 1 else f"{self.temporal_stride}n+1"
 
     def nearest_frames(self, frames: int) -> int:
@@ -71,6 +71,10 @@ class ModelSpec:
     def latent_frames(self, frames: int) -> int:
         """Latent frames of a valid frame count."""
         return (frames - 1) // self.temporal_stride + 1
+
+    def frames_of(self, latents: int) -> int:
+        """Frames of so many latent frames, 0 of none."""
+        return (latents - 1) * self.temporal_stride + 1 if latents else 0
 
     def expert_at(self, sigma: float | Tensor) -> str:
         """Which network of ``denoisers`` predicts at a noise level."""
