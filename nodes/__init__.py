@@ -10,6 +10,7 @@ from .lora import ApplyRewardLora, SaveRewardLora
 from .lora_catalog import FetchPublishedLora
 from .lora_model import ApplyRewardLoraToModel
 from .lora_sweep import SweepLoraStrength
+from .native import VideoModelFromParts
 from .reward import CombineRewards, LoadReward
 from .score import Compare, PickBest, ScoreFrames
 from .train import TrainRewardLora
@@ -18,6 +19,7 @@ from .video_model import LoadVideoModel, LoadVideoModelFiles
 NODES: list[type[io.ComfyNode]] = [
     LoadVideoModel,
     LoadVideoModelFiles,
+    VideoModelFromParts,
     GenerateVideo,
     LoadReward,
     CombineRewards,

@@ -1,4 +1,8 @@
-"""A node for the tests' ComfyUI: a text conditioning without a text encoder."""
+"""Nodes for the tests' ComfyUI: texts without an encoder, core's own classes in tiny sizes, and what they hold."""
+
+import hashlib
+import json
+from unittest.mock import patch
 
 import torch
 
@@ -20,4 +24,97 @@ class TestConditioning:
         return ([[text, {}]],)
 
 
-NODE_CLASS_MAPPINGS = {"TestConditioning": TestConditioning}
+class TestTinyClip:
+    """UMT5 in core's own classes from a file like umt5_xxl's, whose sizes core knows by heart."""
+
+    RETURN_TYPES = ("CLIP",)
+    FUNCTION = "make"
+    CATEGORY = "_for_testing"
+
+    @classmethod
+    def INPUT_TYPES(cls):  # noqa: N802
+        return {"required": {"path": ("STRING", {}), "config": ("STRING", {})}}
+
+    def make(self, path, config):
+        import comfy.sd
+        import comfy.supported_models_base
+        import comfy.text_encoders.wan
+        import comfy.utils
+
+        tensors = comfy.utils.load_torch_file(path)
+        classes = comfy.text_encoders.wan.WanT5Tokenizer, comfy.text_encoders.wan.te()
+        target = comfy.supported_models_base.ClipTarget(*classes)
+        pieces = {"spiece_model": tensors.pop("spiece_model")}
+        clip = comfy.sd.CLIP(target, tokenizer_data=pieces, model_options={"umt5xxl_model_config": json.loads(config)})
+        clip.load_sd(tensors)
+        return (clip,)
+
+
+class TestTinyVae:
+    """Wan's VAE in core's own class, whose sizes core knows by heart."""
+
+    RETURN_TYPES = ("VAE",)
+    FUNCTION = "make"
+    CATEGORY = "_for_testing"
+
+    @classmethod
+    def INPUT_TYPES(cls):  # noqa: N802
+        return {"required": {"path": ("STRING", {}), "sizes": ("STRING", {})}}
+
+    def make(self, path, sizes):
+        import comfy.ldm.wan.vae
+        import comfy.sd
+        import comfy.utils
+
+        real = comfy.ldm.wan.vae.WanVAE
+        with patch("comfy.ldm.wan.vae.WanVAE", lambda **config: real(**{**config, **json.loads(sizes)})):
+            return (comfy.sd.VAE(sd=comfy.utils.load_torch_file(path)),)
+
+
+class TestTinyClipVision:
+    """CLIP's image encoder in core's own class."""
+
+    RETURN_TYPES = ("CLIP_VISION",)
+    FUNCTION = "make"
+    CATEGORY = "_for_testing"
+
+    @classmethod
+    def INPUT_TYPES(cls):  # noqa: N802
+        return {"required": {"path": ("STRING", {}), "config": ("STRING", {})}}
+
+    def make(self, path, config):
+        import comfy.clip_vision
+        import comfy.utils
+
+        clip = comfy.clip_vision.ClipVisionModel(config)
+        clip.load_sd(comfy.utils.load_torch_file(path))
+        return (clip,)
+
+
+class TestWeights:
+    """A hash of a MODEL's own weights and of the names of what is patched."""
+
+    RETURN_TYPES = ()
+    OUTPUT_NODE = True
+    FUNCTION = "show"
+    CATEGORY = "_for_testing"
+
+    @classmethod
+    def INPUT_TYPES(cls):  # noqa: N802
+        return {"required": {"model": ("MODEL",)}, "optional": {"after": ("IMAGE",)}}
+
+    @classmethod
+    def IS_CHANGED(cls, **_inputs):  # noqa: N802
+        return float("nan")
+
+    def show(self, model, after=None):
+        seen = hashlib.sha256(repr(sorted(model.patches)).encode())
+        for name, tensor in sorted(model.model.state_dict().items()):
+            seen.update(f"{name} {tensor.dtype}".encode())
+            seen.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+        return {"ui": {"text": [seen.hexdigest()]}}
+
+
+NODE_CLASS_MAPPINGS = {
+    node.__name__: node for node in (TestConditioning, TestTinyClip, TestTinyVae, TestTinyClipVision, TestWeights)
+}
