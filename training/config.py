@@ -29,6 +29,7 @@ FREE_TO_CHANGE = (
     "max_skipped",
     "save_dtype",
     "memory",
+    "shard",
     "guards",
     "keep_best",
     "patience",
@@ -111,6 +112,9 @@ class TrainConfig:
             under the next smaller one.
         float8: Store the frozen denoiser's matrices in float8 while training: half the memory of 16 bits, and a base
             that is off by up to 6 % a weight; the LoRA is trained on that.
+        shard: With several devices, divide the blocks' frozen weights among them, for a base model that does not fit
+            on one: each keeps its part, and gets a block's others while it works. Every evaluation is then made by all
+            of them, a device that runs out of memory ends the run, and there is no sweep at its end.
         seed: Source of all chance.
         save_every: Steps between checkpoints.
         keep_checkpoints: How many of the newest checkpoints stay.
@@ -166,6 +170,7 @@ class TrainConfig:
     anchor_by_sigma: bool = False
     memory: MemoryChoice = "auto"
     float8: bool = False
+    shard: bool = False
     seed: int = 42
     save_every: int = 25
     keep_checkpoints: int = 2
@@ -210,6 +215,9 @@ class TrainConfig:
         for name, kind in choices.items():
             if getattr(self, name) not in get_args(kind):
                 raise ValueError(f"{name} must be one of {', '.join(get_args(kind))}, got {getattr(self, name)!r}")
+        if self.shard and (self.float8 or self.memory == "offload"):
+            other = "float8" if self.float8 else "memory: offload"
+            raise ValueError(f"shard and {other} are two ways to store the base model; choose one")
         weights = tuple(map(float, self.judged_weights))
         if weights and not (all(0 <= w < math.inf for w in weights) and any(weights)):
             raise ValueError(f"judged_weights must be 0 or more each, and not all 0, got {list(weights)}")

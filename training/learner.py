@@ -117,7 +117,7 @@ class Learner:
 
     def _fitting(self) -> MemoryPlan:
         """The plan in force, or on a GPU with ``memory: auto`` the fastest that should fit, with some room to spare."""
-        if self._config.memory != "auto" or self._device.type != "cuda":
+        if self._config.memory != "auto" or self._device.type != "cuda" or self._config.shard:
             return self.plan
         free, _ = torch.cuda.mem_get_info(self._device)
         fitting = self.estimate().fitting(int(ROOM * free)) or PLANS[-1]
@@ -173,7 +173,7 @@ class Learner:
                     return self._learn(examples, seeds, plan, draw, without_lora, anchor, report, begun)
             except torch.OutOfMemoryError:
                 less = smaller(self.plan)
-                if less is None:
+                if less is None or self._config.shard:  # the others could not follow
                     raise
                 log.warning("out of GPU memory with memory: %s; going on with %s", self.plan.name, less.name)
             # Outside of the handler, for the error holds on to every tensor of the batch that failed.
@@ -205,12 +205,25 @@ class Learner:
         prompts, reference = [e.prompt for e in examples], self._inputs.reference(examples, self._reward)
         verdict = judge(walk, latents, self._reward, prompts, c.objective, view, guard, reference)
         if not verdict.finite or verdict.blind:
+            if c.shard:  # the others learn, and need this process's part of the weights for it
+                with self._gradients_kept():
+                    anchor = Anchor(0.0, without_lora) if weight else None
+                    replay(walk, kept, plan, torch.zeros_like(latents), c.backprop.coupling, anchor, c.backprop.branch)
             return Lesson(verdict, kept[first])
         found = conflicts(self._reward, verdict.frames, prompts, reference) if report else {}
         anchor = Anchor(weight / c.accumulation, without_lora, c.anchor_by_sigma) if weight else None
         gradient, how = verdict.gradient / c.accumulation, c.backprop
         drift = replay(walk, kept, plan, gradient, how.coupling, anchor, how.branch)
         return Lesson(verdict, kept[first], drift, found)
+
+    @contextmanager
+    def _gradients_kept(self) -> Iterator[None]:
+        """Whatever the block adds to gradients is gone after it."""
+        trained = [p for network in self._model.denoisers.values() for p in network.parameters() if p.requires_grad]
+        before = [None if p.grad is None else p.grad.clone() for p in trained]
+        yield
+        for parameter, gradient in zip(trained, before, strict=True):
+            parameter.grad = gradient
 
     def _motion_guard(
         self, walk: Walk, noise: Tensor, plan: Plan, view: View, without_lora: Callable[[], AbstractContextManager]

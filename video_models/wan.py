@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..block_weights import bring
+from ..block_weights import bring, residents
 from .common import check_pairs, draw_noise, freeze, linear_names, move, no_text_encoder, refuse_images, short_hash
 from .images import fit_image
 from .precision import float64_throughout
@@ -41,11 +41,9 @@ def clean_prompt(prompt: str) -> str:
 
 def rest(network: nn.Module) -> None:
     """Move a network to the CPU, but for parameters being trained: their gradients and optimizer stay with them."""
-    for parameter in network.parameters():
-        if not parameter.requires_grad:
-            parameter.data = parameter.data.to("cpu")
-    for buffer in network.buffers():
-        buffer.data = buffer.data.to("cpu")
+    for tensor in residents(network):
+        if not tensor.requires_grad:
+            tensor.data = tensor.data.to("cpu")
 
 
 class WanModel:
