@@ -14,8 +14,9 @@ from PIL import Image
 from reward_lora.selfcheck.exactness import ToyReward
 from reward_lora.training.config import TrainConfig
 from reward_lora.training.media import write_png, write_preview
-from reward_lora.training.report import COLUMNS, RunLog, advice, deeds, page
+from reward_lora.training.report import page
 from reward_lora.training.run_folder import RunFolder
+from reward_lora.training.run_log import COLUMNS, RunLog, advice, deeds
 from reward_lora.training.trainer import Trainer
 
 CONFIG = TrainConfig(guards="standard")

@@ -26,11 +26,11 @@ Preset = Literal["careful", "standard", "off"]
 
 PRESETS: dict[str, dict[str, Any]] = {
     "off": {"keep_best": False, "patience": 0, "motion_floor": 0.9, "motion_guard": 0.0, "anchor": 0.0,
-            "anchor_target": 0.0, "augment": 0},
+            "anchor_target": 0.0, "augment": 0, "sweep": False},
     "standard": {"keep_best": True, "patience": 3, "motion_floor": 0.9, "motion_guard": 0.0, "anchor": 0.0,
-                 "anchor_target": 0.0, "augment": 0},
+                 "anchor_target": 0.0, "augment": 0, "sweep": True},
     "careful": {"keep_best": True, "patience": 2, "motion_floor": 0.9, "motion_guard": 1.0, "anchor": 0.0,
-                "anchor_target": 0.0, "augment": 2},
+                "anchor_target": 0.0, "augment": 2, "sweep": True},
 }  # fmt: skip
 """What each preset sets where the run does not."""
 
@@ -152,7 +152,8 @@ class Finding:
 class Guards:
     """Watches the evaluations of a run; its ``state`` goes into the checkpoints.
 
-    The best step is the sound one with the highest score (:class:`Finding`), the base model's 0 included. An
+    The best step is the sound one with the highest score (:class:`Finding`), the base model's 0 included; its motion
+    must be above the floor by a standard error of the paired clips, so that few prompts are given little room. An
     evaluation is bad if it is not sound, or if the held-out score is lower than at the best step, by more than one
     standard error of the paired differences, although the trained reward is higher. ``patience`` bad ones in a row
     end the run.
@@ -169,8 +170,8 @@ class Guards:
         self, patience: int, motion_floor: float, reward: str, of: Sequence[str], state: Mapping[str, Any] | None = None
     ) -> None:
         self._patience, self._floor, self._reward = patience, motion_floor, reward
-        self.state: dict[str, Any] = {"of": seed_for(*of), "base": None, "best": None, "in_a_row": 0, "last": -1,
-                                      "stop": "", "anchor": 0.0}  # fmt: skip
+        self.state: dict[str, Any] = {"of": seed_for(*of), "base": None, "best": None, "now": None, "in_a_row": 0,
+                                      "last": -1, "stop": "", "anchor": 0.0}  # fmt: skip
         if state:
             same = state["of"] == self.state["of"]
             self.state |= state if same else {"anchor": state["anchor"]}
@@ -190,6 +191,16 @@ class Guards:
         return Reading(**self.state["best"]) if self.state["best"] else None
 
     @property
+    def now(self) -> Reading | None:
+        """The last evaluation."""
+        return Reading(**self.state["now"]) if self.state["now"] else None
+
+    @property
+    def bad(self) -> bool:
+        """Whether the last evaluation was."""
+        return self.state["in_a_row"] > 0
+
+    @property
     def stopped(self) -> str:
         """Why the run has ended, if the guards have ended it and still would."""
         return self.state["stop"] if self._patience else ""
@@ -197,11 +208,13 @@ class Guards:
     def observe(self, now: Reading) -> Finding:
         """Take an evaluation into account; the first must be the base model's."""
         base, best = self.base or now, self.best or now
-        motion, detail = _ratio(now.motion, base.motion, STILL), _ratio(now.sharpness, base.sharpness, FLAT)
+        motion, detail = ratio(now.motion, base.motion, STILL), ratio(now.sharpness, base.sharpness, FLAT)
+        lost = np.subtract(now.motion, motion * np.array(base.motion))
+        doubt = _standard_error(lost) / max(_mean(base.motion), STILL)  # of the ratio
         unsound = () if motion >= self._floor else ("motion",)
         unsound += () if 1 / SHARPNESS <= detail <= SHARPNESS else ("sharpness",)
         score = self._score(now, base)
-        improved = now.step > 0 and not unsound and score > self._score(best, base)
+        improved = now.step > 0 and not unsound and motion - doubt >= self._floor and score > self._score(best, base)
         complaints = self._complaints(now, best, base, motion if "motion" in unsound else None,
                                       detail if "sharpness" in unsound else None)  # fmt: skip
         in_a_row = self.state["in_a_row"] + 1 if complaints else 0
@@ -214,7 +227,7 @@ class Guards:
             advice = f"use the LoRA of step {best.step}" if best.step else "no step was better than the base model"
             stop = f"stopped at step {now.step}: {in_a_row} bad evaluations in a row; at the last {words}; {advice}"
         self.state |= {"in_a_row": in_a_row, "stop": stop, "last": now.step, "base": asdict(base)}
-        self.state["best"] = asdict(now if improved else best)
+        self.state |= {"best": asdict(now if improved else best), "now": asdict(now)}
         gains = {name: _mean(values) - _mean(base.heldout[name]) for name, values in now.heldout.items()}
         return Finding(motion, detail, gains, score, unsound, improved, in_a_row, stop, words)
 
@@ -320,7 +333,7 @@ def _mean(values: Sequence[float]) -> float:
     return float(np.mean(values))
 
 
-def _ratio(now: Sequence[float], before: Sequence[float], least: float) -> float:
+def ratio(now: Sequence[float], before: Sequence[float], least: float) -> float:
     """Of the means; 1 where there was nothing before."""
     return _mean(now) / _mean(before) if _mean(before) > least else 1.0
 
@@ -328,5 +341,9 @@ def _ratio(now: Sequence[float], before: Sequence[float], least: float) -> float
 def _falls(now: Sequence[float], before: Sequence[float]) -> bool:
     """Lower by more than one standard error of the paired differences."""
     differences = np.subtract(now, before)
-    error = float(np.std(differences, ddof=1)) / math.sqrt(len(differences)) if len(differences) > 1 else 0.0
-    return float(differences.mean()) < -error
+    return float(differences.mean()) < -_standard_error(differences)
+
+
+def _standard_error(values: np.ndarray) -> float:
+    """Of the mean; 0 of a single value."""
+    return float(np.std(values, ddof=1)) / math.sqrt(len(values)) if len(values) > 1 else 0.0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -214,6 +215,15 @@ def figure_pixels(figure) -> np.ndarray:
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
     return np.asarray(canvas.buffer_rgba())[..., :3].copy()
+
+
+def png_bytes(image: np.ndarray) -> bytes:
+    """``[H, W, 3]`` uint8 as a PNG file."""
+    from PIL import Image
+
+    content = io.BytesIO()
+    Image.fromarray(image).save(content, format="PNG")
+    return content.getvalue()
 
 
 def write_png(path: Path | str, image: np.ndarray) -> Path:

@@ -3,176 +3,18 @@
 from __future__ import annotations
 
 import base64
-import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from .guards import PRESETS
+from .guards import FLAT, PRESETS, ratio
+from .media import png_bytes
+from .run_log import RunLog, advice, deeds
+from .sweep_report import sweep_plot
 
 PREVIEWS = 4
 """How many clips of an evaluation the report shows."""
-COLUMNS = 5
-"""How many evaluations it shows side by side: the first, the best and the last among them."""
-NORMAL = 1.96
-"""Standard errors to either side of a mean, for an interval of 95 %."""
-GENTLE = 0.7
-"""Strength that publishers of reward LoRAs show theirs at; what to try where nothing better is known."""
-
-
-@dataclass(frozen=True)
-class RunLog:
-    """The evaluations in a run's log, and what follows from them.
-
-    Attributes:
-        evaluations: The records that hold one, by step.
-        steps: The records of training steps.
-    """
-
-    evaluations: Sequence[Mapping[str, Any]]
-    steps: Sequence[Mapping[str, Any]]
-
-    @classmethod
-    def of(cls, records: Sequence[Mapping[str, Any]]) -> RunLog:
-        return cls([r for r in records if r.get("guards")], [r for r in records if r["step"]])
-
-    @property
-    def heldout(self) -> list[str]:
-        return list(self.evaluations[-1]["guards"]["heldout"]) if self.evaluations else []
-
-    @property
-    def best(self) -> int | None:
-        """The best step; None if no evaluation was better than the base model."""
-        found = [r["step"] for r in self.evaluations if r["guards"]["best"]]
-        return found[-1] if found else None
-
-    def at(self, step: int | None) -> Mapping[str, Any] | None:
-        return next((r for r in self.evaluations if r["step"] == step), None)
-
-    def rewards(self) -> list[tuple[float, ...]]:
-        """(step, mean, low, high) of the trained reward."""
-        return [(r["step"], *_interval(r["guards"]["rewards"])) for r in self.evaluations]
-
-    def gain(self, record: Mapping[str, Any], name: str = "") -> tuple[float, float, float]:
-        """Mean gain on the first evaluation, low and high, of a held-out reward or, without a name, of the trained."""
-        return _interval(np.subtract(_scores(record, name), _scores(self.evaluations[0], name)))
-
-    def gains(self, name: str = "", *, deviations: bool = False) -> list[tuple[float, ...]]:
-        """(step, gain, low, high), on the reward's scale or in standard deviations over the first evaluation."""
-        if len({len(_scores(r, name)) for r in self.evaluations}) > 1:
-            return []  # the prompts changed on the way
-        unit = (float(np.std(_scores(self.evaluations[0], name))) or 1.0) if deviations else 1.0
-        return [(r["step"], *(value / unit for value in self.gain(r, name))) for r in self.evaluations]
-
-    def ratios(self, what: str) -> list[tuple[float, ...]]:
-        """(step, motion or sharpness relative to the base model's)."""
-        return [(r["step"], r["guards"][what]) for r in self.evaluations]
-
-    def columns(self) -> list[int]:
-        """Steps of the evaluations to show."""
-        steps = [r["step"] for r in self.evaluations]
-        wanted = {steps[0], steps[-1], self.best if self.best is not None else steps[0]} if steps else set()
-        for place in np.linspace(0, len(steps) - 1, COLUMNS) if steps else ():
-            if len(wanted) < COLUMNS:
-                wanted.add(steps[round(float(place))])
-        return sorted(wanted)
-
-
-def advice(log: RunLog, name: str, kept: bool = True) -> tuple[bool, list[str]]:
-    """What to use, and warnings, in words; the first says what to use.
-
-    Args:
-        log: The run's.
-        name: Of the run and its LoRA.
-        kept: Whether the best step's LoRA was saved.
-
-    Returns:
-        Whether the first sentence is a warning, and the sentences.
-    """
-    if len(log.evaluations) < 2:
-        return False, ["There are not yet two evaluations to compare."]
-    last, best = log.evaluations[-1], log.at(log.best)
-    trained, low, high = log.gain(last)
-    costs = []
-    for judge in log.heldout:
-        gain, _, upper = log.gain(last, judge)
-        if upper < 0:
-            costs.append(f"{judge} fell {-gain:.4g}")
-    guards = last["guards"]
-    costs += [
-        f"{what} {'rose' if guards[what] > 1 else 'fell'} to {guards[what]:.2f} of the base"
-        for what in guards["unsound"]
-    ]
-    use = "do not use this LoRA at full strength"
-    if best:
-        use = f"use step {best['step']} ({name}_best.safetensors)" if kept else f"train {best['step']} steps instead"
-    words, warns = [], True
-    if costs or (best is not last and guards["words"]):
-        cost = " and ".join(costs) or "it was better before"
-        joined = f"{_moved(trained)} {'while' if trained > 0 else 'and'} {cost}"
-        words.append(f"The trained reward {joined}: {use}, and try strength {GENTLE:g} first.")
-    elif best is last:
-        warns = False
-        words.append(f"The last evaluation is the best: use {name}.safetensors; the trained reward {_moved(trained)}.")
-    elif best:
-        warns = False
-        words.append(f"Step {best['step']} was the best: {use}; the trained reward {_moved(log.gain(best)[0])} there.")
-        leads = [_interval(np.subtract(_scores(best, n), _scores(last, n))) for n in log.heldout or [""]]
-        if all(lower <= 0 for _, lower, _ in leads):
-            words.append("That it is better than the last step is not shown on so few prompts; either may do.")
-    else:
-        words.append("No evaluation was better than the base model; train longer, or check reward and learning rate.")
-    if low <= 0 <= high:
-        words.append(
-            f"A gain of the trained reward is not shown: the interval of {trained:+.4g} holds 0 ({low:+.4g} to "
-            f"{high:+.4g}). More sample_prompts and sample_count make it narrower."
-        )
-    if not log.heldout:
-        words.append(
-            "No held-out judge looked: motion and sharpness are the only witnesses besides the trained reward. "
-            "A reward that was not trained on is a better one."
-        )
-    return warns, words
-
-
-def deeds(log: RunLog, config: Mapping[str, Any]) -> list[str]:
-    """What every guard was set to, did, and why."""
-    told = [f"Preset {config['guards']}."]
-    best = log.best
-    kept = f"kept step {best}" if best is not None else "has nothing to keep yet"
-    told.append(f"keep_best {kept}." if config["keep_best"] else "keep_best is off.")
-    ends = [r["stop"] for r in log.steps if r.get("stop")]
-    if not config["patience"]:
-        told.append("Early stop is off (patience 0).")
-    else:
-        told.append(f"Early stop: {ends[-1]}." if ends else f"Early stop (patience {config['patience']}) did not fire.")
-    told += [f"Step {r['step']}: {r['guards']['words']}." for r in log.evaluations if r["guards"]["words"]]
-    if config["motion_guard"]:
-        ratios = [r["motion"] for r in log.steps if r.get("motion") is not None]
-        under = sum(ratio < config["motion_floor"] for ratio in ratios)
-        told.append(
-            f"The motion guard saw {under} of {len(ratios)} batches under {config['motion_floor']:g} of the base."
-        )
-    if config["anchor"] or config["anchor_target"]:
-        used = [r for r in log.steps if r.get("anchor")]
-        if used:
-            aim = f" towards {config['anchor_target']:g}" if config["anchor_target"] else ""
-            told.append(
-                f"The anchor's weight went from {used[0]['anchor']:.3g} to {used[-1]['anchor']:.3g}, the distance from "
-                f"{used[0]['drift']:.3g} to {used[-1]['drift']:.3g}{aim}."
-            )
-    if config["augment"]:
-        told.append(f"The judge saw {config['augment']} random views of every clip.")
-    conflicts = next((r["conflicts"] for r in reversed(log.steps) if r.get("conflicts")), {})
-    for pair, cosine in conflicts.items():
-        if cosine is not None:
-            kind = "pull against each other" if cosine < -0.1 else "agree" if cosine > 0.1 else "hardly meet"
-            told.append(f"The rewards {pair} {kind} at the frames (cosine {cosine:+.2f}).")
-    return told
 
 
 def page(
@@ -203,6 +45,7 @@ def page(
         "<h2>Curves</h2>",
         f"<img class=curve alt='reward over the steps' src='{_embedded(picture, 'png')}'>",
         "<p class=sub>Bands are 95 % intervals of the mean over the fixed prompts.</p>",
+        _strengths(log, prompts, picture.parent / "samples"),
         _videos(log, prompts, picture.parent / "samples"),
         _evaluations(log, reward),
         "<h2>What the guards did</h2><ul>" + "".join(f"<li>{escape(t)}</li>" for t in deeds(log, config)) + "</ul>",
@@ -228,24 +71,65 @@ th:first-child,td:first-child,td.text{text-align:left}
 """
 
 
+def sweep_preview(index: int, strength: float) -> str:
+    """Name of the preview of a clip at a strength, in ``samples``."""
+    return f"{index:02d}-strength-{strength:g}.webp"
+
+
+def _strengths(log: RunLog, prompts: Sequence[str], folder: Path) -> str:
+    """The sweep of the run's LoRA: a table, a curve with intervals, and videos."""
+    sweep, record = log.sweep, log.sweep_record
+    if sweep is None or record is None:
+        return ""
+    names = [f"{name} ({'held out' if name in sweep.held_out and i else 'trained'})"
+             for i, name in enumerate(sweep.base.scores)]  # fmt: skip
+    head = "".join(f"<th>{escape(name)}<br>gain, 95 % interval</th>" for name in names)
+    sharp = {point["strength"]: point["sharpness"] for point in record["points"]}
+    rows = []
+    for point in sweep.points:
+        gains = [sweep.gain(point, name) for name in sweep.base.scores]
+        cells = [_gain((point.strength, gain.mean, gain.low, gain.high)) for gain in gains]
+        cells += [f"{sweep.motion_ratio(point):.2f}", f"{ratio(sharp[point.strength], sharp[0], FLAT):.2f}"]
+        note = "use this" if point is sweep.best else ""
+        rows.append(
+            f"<tr class='{'best' if note else ''}'><td>{point.strength:g}</td>"
+            f"{''.join(f'<td>{cell}</td>' for cell in cells)}<td class=text>{note}</td></tr>"
+        )
+    titles, files = [], []
+    for point in sweep.points:
+        s, use = point.strength, ", use this" if point is sweep.best else ""
+        titles.append(f"{'without' if s == 0 else f'strength {s:g}'}{use}")
+        step = {0: 0, 1: record["step"]}.get(s)
+        files.append("{:02d}-" + f"{f'strength-{s:g}' if step is None else f'step-{step:06d}'}.webp")
+    clips = _clips(prompts, titles, lambda index, column: folder / files[column].format(index))
+    return (
+        f"<h2>The LoRA of step {record['step']} at several strengths</h2><div class=scroll><table>"
+        f"<tr><th>strength</th>{head}<th>motion<br>/ base</th><th>sharpness<br>/ base</th><th></th></tr>"
+        f"{''.join(rows)}</table></div>"
+        f"<img class=curve alt='gain over the strength' src='{_data(png_bytes(sweep_plot(sweep)), 'png')}'>{clips}"
+    )
+
+
+def _clips(prompts: Sequence[str], titles: Sequence[str], path: Callable[[int, int], Path]) -> str:
+    """A table of previews: a row a prompt, a column a title; ``path`` is given both indices."""
+    rows = []
+    for index, prompt in enumerate(prompts[:PREVIEWS]):
+        cells = []
+        for column, title in enumerate(titles):
+            file, label = path(index, column), escape(f"{title}: {prompt}", quote=True)
+            cells.append(f"<img alt='{label}' src='{_embedded(file, 'webp')}'>" if file.is_file() else "")
+        rows.append(f"<tr><td>{escape(prompt)}</td>{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>")
+    head = "".join(f"<th>{title}</th>" for title in titles)
+    return f"<div class=scroll><table class=clips><tr><th></th>{head}</tr>{''.join(rows)}</table></div>"
+
+
 def _videos(log: RunLog, prompts: Sequence[str], folder: Path) -> str:
     steps = log.columns()
     if not steps:
         return ""
     titles = [("before" if s == 0 else f"step {s}") + (", best" if s == log.best else "") for s in steps]
-    rows = []
-    for index, prompt in enumerate(prompts[:PREVIEWS]):
-        cells = []
-        for title, step in zip(titles, steps, strict=True):
-            path = folder / f"{index:02d}-step-{step:06d}.webp"
-            label = escape(f"{title}: {prompt}", quote=True)
-            cells.append(f"<img alt='{label}' src='{_embedded(path, 'webp')}'>" if path.is_file() else "")
-        rows.append(f"<tr><td>{escape(prompt)}</td>{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>")
-    head = "".join(f"<th>{title}</th>" for title in titles)
-    return (
-        "<h2>The same prompts and seeds, before and after</h2><div class=scroll>"
-        f"<table class=clips><tr><th></th>{head}</tr>{''.join(rows)}</table></div>"
-    )
+    clips = _clips(prompts, titles, lambda index, column: folder / f"{index:02d}-step-{steps[column]:06d}.webp")
+    return f"<h2>The same prompts and seeds, before and after</h2>{clips}"
 
 
 def _evaluations(log: RunLog, reward: str) -> str:
@@ -281,24 +165,13 @@ def _settings(config: Mapping[str, Any]) -> str:
 
 
 def _embedded(path: Path, kind: str) -> str:
-    return f"data:image/{kind};base64,{base64.b64encode(path.read_bytes()).decode()}"
+    return _data(path.read_bytes(), kind)
 
 
-def _scores(record: Mapping[str, Any], name: str) -> Sequence[float]:
-    return record["guards"]["heldout"][name] if name else record["guards"]["rewards"]
-
-
-def _interval(values: Sequence[float]) -> tuple[float, float, float]:
-    """Mean, low and high of the normal interval of the mean; a single value has none."""
-    mean, count = float(np.mean(values)), len(values)
-    error = NORMAL * float(np.std(values, ddof=1)) / math.sqrt(count) if count > 1 else 0.0
-    return mean, mean - error, mean + error
+def _data(content: bytes, kind: str) -> str:
+    return f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
 
 
 def _gain(point: Sequence[float]) -> str:
     _, mean, low, high = point
     return f"{mean:+.4f}<br><span class=sub>{low:+.4f} to {high:+.4f}</span>"
-
-
-def _moved(gain: float) -> str:
-    return f"{'rose' if gain >= 0 else 'fell'} {abs(gain):.4g}"

@@ -13,7 +13,8 @@ from torch import Tensor
 from ..files import write_text
 from .events import Evaluation, StepEvent
 from .media import Curve, reward_curve, write_png, write_preview, write_video
-from .report import PREVIEWS, RunLog, page
+from .report import PREVIEWS, page, sweep_preview
+from .run_log import RunLog
 
 SHOWN = 6
 """How many clips of an evaluation are written as videos and shown; all of them are scored."""
@@ -84,6 +85,17 @@ class RunFolder:
     def write_samples(self, step: int, frames: Tensor, fps: int) -> None:
         """The first :data:`SHOWN` clips of ``[N, 3, T, H, W]`` as videos, and previews of some for the report."""
         for index, clip in enumerate(frames[:SHOWN]):
+    @property
+    def swept(self) -> int | None:
+        """Step of the LoRA that was swept when the run had come as far as it has now; None if none was."""
+        return self._log[-1]["sweep"]["step"] if self._log and "sweep" in self._log[-1] else None
+
+    def note_sweep(self, record: dict[str, Any]) -> None:
+        """Add to the last step what the run's LoRA gives at several strengths; see :mod:`.run_sweep`."""
+        if self._log:
+            self._log[-1]["sweep"] = record
+            self._write_log()
+
             path = write_video(self.path / "samples" / f"{index:02d}-step-{step:06d}.mp4", clip, fps)
             if index < PREVIEWS:
                 write_preview(path.with_suffix(".webp"), clip, fps)

@@ -31,6 +31,7 @@ from .memory import plan_for
 from .run_folder import RunFolder, best_path
 from .seeds import draw_prompts, seed_for
 
+from .run_sweep import sweep_run
 
 class Trainer:
     """Trains reward LoRAs on one or all networks of a video model by reward backpropagation.
@@ -106,6 +107,8 @@ class Trainer:
 
     @property
     def lora_path(self) -> Path:
+        self._start = tuple(start)
+        self._watch: Guards | None = None
         """The LoRA, or with several networks that of the first."""
         return next(iter(self.lora_paths.values()))
 
@@ -123,6 +126,11 @@ class Trainer:
         self._learner.prepare(self.examples[:1])
         self._learner.rest()
         return self._learner.estimate().table(free)
+
+    @property
+    def result_paths(self) -> list[Path]:
+        """What the run gives: the newest LoRAs, or if its last evaluation was bad those of the best."""
+        return (self._watch and self._watch.bad and self.kept_paths) or list(self.lora_paths.values())
 
     def __iter__(self) -> Iterator[StepEvent]:
         c, leads = self.config, self._group.leads
@@ -147,7 +155,7 @@ class Trainer:
             optimizer.register_step_post_hook(lambda *_: average.update(progress.step - progress.skipped))
             if progress.memory and c.memory == "auto":
                 self._learner.adopt(plan_for(progress.memory, self.model))
-            guards = self._guards(progress)
+            guards = self._watch = self._guards(progress)
             saved_at = progress.step if list_checkpoints(self.folder) else -1
             self._group.gather(progress.step)  # nobody writes before everybody has read
             if leads:
@@ -204,6 +212,10 @@ class Trainer:
         optimizer: torch.optim.Optimizer,
         guards: Guards,
     ) -> StepEvent:
+                if leads and c.sweep and not c.shard:
+                    with average.in_place():
+                        sweep_run(self, guards, adapters)
+                self._group.gather(None)  # nobody leaves before
         """One optimiser step; the adapters' parameters change at its very end or not at all."""
         c, started = self.config, time.monotonic()
         if self._device.type == "cuda":
