@@ -79,12 +79,6 @@ class RunFolder:
             self._write_log()
         self.draw()
 
-    def _write_log(self) -> None:
-        write_text(self.path / "log.jsonl", "".join(json.dumps(record) + "\n" for record in self._log))
-
-    def write_samples(self, step: int, frames: Tensor, fps: int) -> None:
-        """The first :data:`SHOWN` clips of ``[N, 3, T, H, W]`` as videos, and previews of some for the report."""
-        for index, clip in enumerate(frames[:SHOWN]):
     @property
     def swept(self) -> int | None:
         """Step of the LoRA that was swept when the run had come as far as it has now; None if none was."""
@@ -96,9 +90,20 @@ class RunFolder:
             self._log[-1]["sweep"] = record
             self._write_log()
 
+    def _write_log(self) -> None:
+        write_text(self.path / "log.jsonl", "".join(json.dumps(record) + "\n" for record in self._log))
+
+    def write_samples(self, step: int, frames: Tensor, fps: int) -> None:
+        """The first :data:`SHOWN` clips of ``[N, 3, T, H, W]`` as videos, and previews of some for the report."""
+        for index, clip in enumerate(frames[:SHOWN]):
             path = write_video(self.path / "samples" / f"{index:02d}-step-{step:06d}.mp4", clip, fps)
             if index < PREVIEWS:
                 write_preview(path.with_suffix(".webp"), clip, fps)
+
+    def write_sweep_samples(self, strength: float, frames: Tensor, fps: int) -> None:
+        """Previews of the first clips of ``[N, 3, T, H, W]`` at a strength, for the report."""
+        for index, clip in enumerate(frames[:PREVIEWS]):
+            write_preview(self.path / "samples" / sweep_preview(index, strength), clip, fps)
 
     def curve(self) -> np.ndarray:
         """The reward curve so far as ``[H, W, 3]`` uint8."""

@@ -29,9 +29,9 @@ from .interrupts import interrupt_later
 from .learner import Learner, Part
 from .memory import plan_for
 from .run_folder import RunFolder, best_path
+from .run_sweep import sweep_run
 from .seeds import draw_prompts, seed_for
 
-from .run_sweep import sweep_run
 
 class Trainer:
     """Trains reward LoRAs on one or all networks of a video model by reward backpropagation.
@@ -97,6 +97,8 @@ class Trainer:
             check_examples(self.samples, "sample prompts", model.spec, judge)
         self.lora_paths = {expert: self.files.lora_path(expert, model.spec.experts) for expert in c.experts}
         self._group, self._metadata, self._heldout = group or Group(), metadata or {}, tuple(heldout)
+        self._start = tuple(start)
+        self._watch: Guards | None = None
         self._device = _indexed(torch.device(device)) if device is not None else model.device
         self._learner = Learner(model, reward, c, tick, self._device, cache)
         self._begun: dict[str, Tensor] = {}  # latents at the first trained step, of batches that are used again
@@ -107,8 +109,6 @@ class Trainer:
 
     @property
     def lora_path(self) -> Path:
-        self._start = tuple(start)
-        self._watch: Guards | None = None
         """The LoRA, or with several networks that of the first."""
         return next(iter(self.lora_paths.values()))
 
@@ -116,6 +116,11 @@ class Trainer:
     def kept_paths(self) -> list[Path]:
         """The LoRAs of the best evaluation that are there."""
         return [path for path in map(best_path, self.lora_paths.values()) if path.is_file()]
+
+    @property
+    def result_paths(self) -> list[Path]:
+        """What the run gives: the newest LoRAs, or if its last evaluation was bad those of the best."""
+        return (self._watch and self._watch.bad and self.kept_paths) or list(self.lora_paths.values())
 
     def evaluate(self) -> Evaluation:
         """The evaluation prompts on their fixed seeds, sampled and scored with the model as it is now."""
@@ -126,11 +131,6 @@ class Trainer:
         self._learner.prepare(self.examples[:1])
         self._learner.rest()
         return self._learner.estimate().table(free)
-
-    @property
-    def result_paths(self) -> list[Path]:
-        """What the run gives: the newest LoRAs, or if its last evaluation was bad those of the best."""
-        return (self._watch and self._watch.bad and self.kept_paths) or list(self.lora_paths.values())
 
     def __iter__(self) -> Iterator[StepEvent]:
         c, leads = self.config, self._group.leads
@@ -195,6 +195,10 @@ class Trainer:
                             f"were skipped, the last because {event.skipped}; "
                             "lower the learning rate or check the reward"
                         )
+                if leads and c.sweep and not c.shard:
+                    with average.in_place():
+                        sweep_run(self, guards, adapters)
+                self._group.gather(None)  # nobody leaves before
             finally:
                 if saved_at != progress.step:
                     save()
@@ -212,10 +216,6 @@ class Trainer:
         optimizer: torch.optim.Optimizer,
         guards: Guards,
     ) -> StepEvent:
-                if leads and c.sweep and not c.shard:
-                    with average.in_place():
-                        sweep_run(self, guards, adapters)
-                self._group.gather(None)  # nobody leaves before
         """One optimiser step; the adapters' parameters change at its very end or not at all."""
         c, started = self.config, time.monotonic()
         if self._device.type == "cuda":
