@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from ..files import canonical_json
-from ..lora.adapter import Adapter, inject_new, total_norm
+from ..lora.adapter import Adapter, LoraUse, inject_new, total_norm
+from ..lora.match import fit
 from ..lora.write import write_lora
 from ..reward_models.protocol import Reward
 from ..video_models.protocol import Tick, VideoModel
@@ -31,6 +32,7 @@ from .memory import plan_for
 from .run_folder import RunFolder, best_path
 from .run_sweep import sweep_run
 from .seeds import draw_prompts, seed_for
+from .start import begin_from
 
 
 class Trainer:
@@ -53,6 +55,7 @@ class Trainer:
         folder: Of this run.
         sample_prompts: To evaluate on; the first of ``prompts`` if none are given.
         heldout: Rewards that are not trained on: at evaluations they tell the guards what the reward is worth.
+        start: LoRAs whose weights a new run begins with, at strength 1; see :func:`.start.begin_from`.
         group: The processes that train together; this one alone if not given.
         device: Where to compute: what a phase needs is brought there, and nothing is left there; the model's own
             if not given.
@@ -75,6 +78,7 @@ class Trainer:
         *,
         sample_prompts: Sequence[str | Example] = (),
         heldout: Sequence[Reward] = (),
+        start: Sequence[LoraUse] = (),
         group: Group | None = None,
         device: torch.device | str | None = None,
         cache: Path | None = None,
@@ -316,7 +320,7 @@ class Trainer:
         """Only the leading process evaluates; the others wait for what its guards say."""
         evaluation = None
         if self._group.leads:
-            if step and guards.base is None:  # evaluations, or their prompts, are new to this run
+            if (step or self._start) and guards.base is None:  # evaluations, or their prompts, are new to this run
                 with _without_lora(adapters.values()):
                     guards.observe(Reading.of(0, self.evaluate()))
             evaluation = self.evaluate()
@@ -342,6 +346,9 @@ class Trainer:
             for parameter in adapter.parameters().values():  # an expert that waits on the CPU learns on the device
                 parameter.data = parameter.data.to(self._device)
             adapters[expert] = adapter
+        for use in self._start:
+            for expert in set(use.experts(self.model)) & adapters.keys():
+                begin_from(adapters[expert], fit(use.lora, self.model, expert))
         return adapters
 
     def _trainable_steps(self) -> tuple[int, ...]:
