@@ -10,16 +10,25 @@ from .lora import ApplyRewardLora, SaveRewardLora
 from .lora_catalog import FetchPublishedLora
 from .lora_model import ApplyRewardLoraToModel
 from .lora_sweep import SweepLoraStrength
-from .native import VideoModelFromParts
+from .prompts import Prompts
 from .reward import CombineRewards, LoadReward
+from .runs import LoadTrainedLora, TrainingReport
 from .score import Compare, PickBest, ScoreFrames
+from .settings import (
+    BackpropSchedule,
+    Guards,
+    JudgeSettings,
+    MemorySettings,
+    OptimizerSettings,
+    SamplingSettings,
+)
 from .train import TrainRewardLora
 from .video_model import LoadVideoModel, LoadVideoModelFiles
 
 NODES: list[type[io.ComfyNode]] = [
     LoadVideoModel,
     LoadVideoModelFiles,
-    VideoModelFromParts,
+    Prompts,
     GenerateVideo,
     LoadReward,
     CombineRewards,
@@ -27,9 +36,17 @@ NODES: list[type[io.ComfyNode]] = [
     PickBest,
     Compare,
     TrainRewardLora,
+    TrainingReport,
+    BackpropSchedule,
+    SamplingSettings,
+    JudgeSettings,
+    Guards,
+    MemorySettings,
+    OptimizerSettings,
     ApplyRewardLora,
     ApplyRewardLoraToModel,
     FetchPublishedLora,
+    LoadTrainedLora,
     SweepLoraStrength,
     SaveRewardLora,
 ]

@@ -27,8 +27,10 @@ from ..video_models.protocol import Tick, VideoModel
 log = logging.getLogger(__name__)
 
 PACK = __package__.rpartition(".")[0]
-HEARTBEAT = 1.0
+HEARTBEAT = 0.5
 """Seconds between signs of life; ``comfy run`` gives up after 120 seconds without one."""
+LONG = 3.0
+"""Seconds after which a call that has not come back shows how long it takes."""
 
 
 class RewardLoraError(Exception):
@@ -145,6 +147,8 @@ def lent(*parts: VideoModel | Reward) -> Iterator[torch.device]:
 class Progress:
     """The engine's tick: cancel point and sign of life; also the node's progress bar, text and live preview.
 
+    As a context manager it shows signs of life by itself while a single call takes long.
+
     Args:
         total: What makes a whole.
         node_id: Of the node that shows it.
@@ -153,16 +157,39 @@ class Progress:
     def __init__(self, total: int, node_id: str | None) -> None:
         self._bar = comfy.utils.ProgressBar(total, node_id=node_id)
         self._total, self._done, self._node_id, self._sent = total, 0, node_id, 0.0
+        self._phase, self._since, self._text = "", time.monotonic(), ""
+        self._over = threading.Event()
+
+    def __enter__(self) -> Progress:
+        self._thread = threading.Thread(target=self._beat, daemon=True)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._over.set()
+        self._thread.join()
+
+    def _beat(self) -> None:
+        while not self._over.wait(HEARTBEAT):
+            seconds = time.monotonic() - self._since
+            if seconds > LONG:
+                say(f"{self._text or self._phase} ({seconds:.0f} s)", self._node_id)
 
     def __call__(self, phase: str) -> None:
         """Raise ``InterruptProcessingException`` if the user has cancelled."""
         comfy.model_management.throw_exception_if_processing_interrupted()
+        self._phase, self._since = phase, time.monotonic()
         if time.monotonic() - self._sent > HEARTBEAT:
-            self.show(self._done)
+            self.show(*self._now())
+
+    def _now(self) -> tuple[int, None, str]:
+        """What a sign of life shows: how much is done, no picture, and a text or none."""
+        return self._done, None, ""
 
     def show(self, done: int, picture: np.ndarray | None = None, text: str = "") -> None:
         """Move the bar, and show a picture ``[H, W, 3]`` uint8 and a text on the node. A cancel point too."""
         self._done, self._sent = done, time.monotonic()
+        self._since = self._sent
         if text:
             self.say(text)
         preview = None if picture is None else ("JPEG", Image.fromarray(picture), max(picture.shape[:2]))
@@ -170,6 +197,7 @@ class Progress:
 
     def say(self, text: str) -> None:
         """Show a text on the node."""
+        self._text = text
         say(text, self._node_id)
 
 
@@ -192,19 +220,10 @@ def downloading(node_id: str | None, *, megabytes: bool = False) -> Callable[[in
 @contextmanager
 def patience(text: str, node_id: str | None) -> Iterator[None]:
     """Show a text and the seconds gone while a long call, such as loading a model, reports nothing itself."""
-    done, started = threading.Event(), time.monotonic()
-
-    def beat() -> None:
-        while not done.wait(HEARTBEAT):
-            say(f"{text} ({time.monotonic() - started:.0f} s)", node_id)
-
-    thread = threading.Thread(target=beat, daemon=True)
-    thread.start()
-    try:
+    progress = Progress(1, node_id)
+    progress.say(text)
+    with progress:
         yield
-    finally:
-        done.set()
-        thread.join()
 
 
 def say(text: str, node_id: str | None) -> None:

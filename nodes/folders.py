@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Callable, Collection
 from contextlib import suppress
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import folder_paths
 
+from ..training.run_loras import is_run
 from ..video_models import BASE_MODELS, BUILTIN, WeightFileError, detect
 
 VIDEO_MODELS, REWARD_MODELS = "video_models", "reward_models"
@@ -129,10 +131,44 @@ def lora_path(entry: str) -> Path:
     raise ValueError(f"there is no LoRA {entry!r} in models/loras or in the output folder; choose one from the list")
 
 
+def list_runs() -> list[str]:
+    """Folders of trainings in the output folder, down to a depth, newest first."""
+    output = Path(folder_paths.get_output_directory())
+    logs = [log for depth in ("*", "*/*", "*/*/*") for log in output.glob(f"{depth}/log.jsonl") if is_run(log.parent)]
+    return [log.parent.relative_to(output).as_posix() for log in sorted(logs, key=_changed, reverse=True)]
+
+
+def _changed(path: Path) -> float:
+    with suppress(OSError):  # it went away
+        return path.stat().st_mtime
+    return 0.0
+
+
+def run_folder(entry: str) -> Path:
+    """The folder of a training by its entry in :func:`list_runs`.
+
+    Raises:
+        ValueError: There is no training in that folder of the output folder.
+    """
+    path = _inside_output(entry.strip())
+    if not entry.strip() or not is_run(path):
+        raise ValueError(f"there is no training in output/{entry.strip()}; choose one from the list")
+    return path
+
+
 def prompt_path(name: str) -> Path:
-    """A prompt file: ``builtin``, its name in ComfyUI's input folder, or its whole path."""
+    """A prompt file: ``builtin`` or ``builtin_test``, its name in ComfyUI's input folder, or its whole path."""
     name = name.strip().strip('"')
-    return ASSETS / "prompts_train.txt" if name == BUILTIN else Path(folder_paths.get_input_directory(), name)
+    ours = {BUILTIN: "prompts_train.txt", f"{BUILTIN}_test": "prompts_test.txt"}
+    return ASSETS / ours[name] if name in ours else Path(folder_paths.get_input_directory(), name)
+
+
+def fingerprint(path: Path) -> str:
+    """Changes when a file, or one in a folder, is edited."""
+    if path.is_file():
+        return hashlib.sha256(path.read_bytes()).hexdigest()
+    files = sorted((str(file), file.stat().st_mtime_ns) for file in path.rglob("*") if file.is_file())
+    return hashlib.sha256(repr(files).encode()).hexdigest() if files else ""
 
 
 def check_prefix(prefix: str) -> Path:

@@ -18,8 +18,7 @@ from ..training.sweep_report import sweep_csv, sweep_plot, sweep_rows, sweep_she
 from . import folders
 from .bridge import Progress, engine, on_device, picture_to_image, placed
 from .lora import chosen, connected_input, file_fingerprint, file_input
-from .train import split_lines
-from .types import LoadedModel, LoadedReward, LoraType, RewardType, VideoModelType
+from .types import LoadedModel, LoadedReward, LoraType, RewardType, VideoModelType, split_lines
 
 HELD_OUT = 3
 """Inputs for rewards besides the judge; Combine Rewards takes more into one."""

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import replace
 
 from comfy_api.latest import io
 from torch import Tensor
 
+from ..lora.files import LoraFile
 from ..training.examples import Picture, as_examples, read_examples
-from . import folders, train_widgets
-from .bridge import Progress, engine, to_frames
+from . import folders, settings, train_widgets
+from .bridge import engine, to_frames
+from .live import LiveTraining
 from .train_run import TrainingRun
-from .types import LoadedModel, LoadedReward, LoraType, RewardType, VideoModelType
+from .train_widgets import Settings
+from .types import LoadedModel, LoadedReward, LoraType, RewardType, VideoModelType, split_lines
 
 PICTURES = {
     "start_image": "What the video begins with, for every prompt that brings no start image of its own.",
@@ -21,9 +23,7 @@ PICTURES = {
     "prompt that brings none of its own. Of a clip, the first frame is left out.",
 }
 
-
-def split_lines(text: str) -> list[str]:
-    return [line.strip() for line in text.splitlines() if line.strip()]
+NEW = "a new run"
 
 
 class TrainRewardLora(io.ComfyNode):
@@ -51,7 +51,7 @@ class TrainRewardLora(io.ComfyNode):
                     default="reward_lora/run",
                     tooltip="The run's folder in the output folder; a hash of all settings is added to it.",
                 ),
-                *train_widgets.inputs(),
+                *train_widgets.inputs(train_widgets.TRAIN),
                 io.String.Input(
                     "prompt_file",
                     default="",
@@ -84,6 +84,28 @@ class TrainRewardLora(io.ComfyNode):
                     "one rises, and keep the LoRA at which it is highest.",
                 ),
                 *(io.Image.Input(name, optional=True, tooltip=about) for name, about in PICTURES.items()),
+                *train_widgets.inputs(train_widgets.TRAIN_LAST, optional=True),
+                *settings.connections(),
+                io.Combo.Input(
+                    "resume_from",
+                    options=[NEW, *folders.list_runs()],
+                    default=NEW,
+                    optional=True,
+                    tooltip="Go on with a training of the output folder, in its folder and from its newest checkpoint; "
+                    "model, reward, prompts and settings must be those it was begun with. 'a new run' still goes on "
+                    "by itself where the same settings were cancelled. Press R to see new runs.",
+                ),
+                LoraType.Input(
+                    "start_lora",
+                    optional=True,
+                    tooltip="Begin a new run with the weights of this LoRA at strength 1, whatever the settings. The "
+                    "rank must be at least the LoRA's.",
+                ),
+                LoraType.Input(
+                    "start_second_lora",
+                    optional=True,
+                    tooltip="Of a model with two experts, the other one's LoRA to begin with.",
+                ),
             ],
             outputs=[
                 LoraType.Output("lora", display_name="lora", tooltip="For Apply and Save Reward LoRA."),
@@ -91,7 +113,7 @@ class TrainRewardLora(io.ComfyNode):
                 io.Image.Output(
                     "before",
                     display_name="before",
-                    tooltip="The first six samples without the LoRA, side by side.",
+                    tooltip="The first six samples before the first step, side by side.",
                 ),
                 io.Image.Output("after", display_name="after", tooltip="The same prompts and seeds with the LoRA."),
                 io.String.Output("summary", display_name="summary", tooltip="The run in words."),
@@ -100,25 +122,23 @@ class TrainRewardLora(io.ComfyNode):
                     display_name="second_lora",
                     tooltip="Of a model with two experts, the low-noise one's LoRA. Nothing comes out otherwise.",
                 ),
+                io.String.Output(
+                    "run", display_name="run", tooltip="The run's folder: for Load Trained LoRA and Training Report."
+                ),
             ],
             hidden=[io.Hidden.unique_id],
             is_output_node=True,
         )
 
     @classmethod
-    def validate_inputs(cls, prefix: str | None = None) -> bool | str:
-        return folders.complaint(folders.check_prefix, prefix)
+    def validate_inputs(cls, prefix: str | None = None, resume_from: str | None = None) -> bool | str:
+        told = folders.complaint(folders.check_prefix, prefix)
+        return told if told is not True or resume_from == NEW else folders.complaint(folders.run_folder, resume_from)
 
     @classmethod
     def fingerprint_inputs(cls, prompt_file: str = "", **_others) -> str:
         """A prompt file that was edited, or a folder in which a file was, is read again."""
-        path = folders.prompt_path(prompt_file or "")
-        if not prompt_file or not path.exists():
-            return ""
-        if path.is_file():
-            return hashlib.sha256(path.read_bytes()).hexdigest()
-        files = sorted((str(file), file.stat().st_mtime_ns) for file in path.rglob("*") if file.is_file())
-        return hashlib.sha256(repr(files).encode()).hexdigest()
+        return folders.fingerprint(folders.prompt_path(prompt_file)) if prompt_file.strip() else ""
 
     @classmethod
     def execute(
@@ -134,6 +154,15 @@ class TrainRewardLora(io.ComfyNode):
         start_image: Tensor | None = None,
         end_image: Tensor | None = None,
         reference: Tensor | None = None,
+        schedule: Settings | None = None,
+        sampling: Settings | None = None,
+        judge: Settings | None = None,
+        guard_settings: Settings | None = None,
+        memory: Settings | None = None,
+        optimizer: Settings | None = None,
+        resume_from: str = NEW,
+        start_lora: LoraFile | None = None,
+        start_second_lora: LoraFile | None = None,
         **widgets,
     ) -> io.NodeOutput:
         with engine():
@@ -145,10 +174,14 @@ class TrainRewardLora(io.ComfyNode):
             if not examples:
                 raise ValueError("training needs at least one prompt; write them one a line, or give a prompt file")
             heldout = [heldout_reward] if heldout_reward else []
-            config = train_widgets.config_from(widgets, advanced).for_model(video_model.model.spec)
+            connected = (schedule, sampling, judge, guard_settings, memory, optimizer)
+            config = train_widgets.config_from(widgets, advanced, connected).for_model(video_model.model.spec)
             examples, samples = (
                 [replace(example, **pictures | example.pictures) for example in some]
                 for some in (examples, as_examples(split_lines(sample_prompts)))
             )
-            run = TrainingRun(video_model, reward, examples, samples, config, prefix, heldout)
-            return run.execute(Progress(config.steps, cls.hidden.unique_id))
+            resume = None if resume_from == NEW else folders.run_folder(resume_from)
+            start = [lora for lora in (start_lora, start_second_lora) if lora is not None]
+            run = TrainingRun(video_model, reward, examples, samples, config, prefix, heldout, resume, start)
+            with LiveTraining(config, cls.hidden.unique_id) as live:
+                return run.execute(live)

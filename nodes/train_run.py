@@ -21,16 +21,17 @@ from torch import Tensor
 from ..files import canonical_json
 from ..lora.adapter import LoraUse, applied
 from ..lora.files import LoraFile, read_lora
-from ..training.checkpoint import list_checkpoints
 from ..training.config import TrainConfig
-from ..training.events import Evaluation, StepEvent
+from ..training.events import Evaluation
 from ..training.examples import Example
 from ..training.media import contact_sheet, write_png
 from ..training.run_folder import SHOWN
+from ..training.run_loras import checkpoint_steps
 from ..training.trainer import Trainer
 from . import folders
-from .bridge import Progress, lent, picture_to_image, to_images
-from .types import LoadedModel, LoadedReward
+from .bridge import lent, picture_to_image, to_images
+from .live import LiveTraining, ShownTrainer
+from .types import LoadedModel, LoadedReward, lora_digest
 
 REDRAW = 5.0
 """Seconds between drawings of the live preview."""
@@ -47,6 +48,11 @@ class TrainingRun:
         config: Settings with every default filled in.
         prefix: Start of the folder's name.
         heldout: Rewards that are not trained on and tell the guards what the trained one is worth.
+        resume: The folder of a run to go on with; None is found by the settings.
+        start: LoRAs whose weights a new run begins with.
+
+    Raises:
+        ValueError: A prefix that leads away, or a run that cannot go on.
     """
 
     def __init__(
@@ -58,12 +64,17 @@ class TrainingRun:
         config: TrainConfig,
         prefix: str,
         heldout: Sequence[LoadedReward] = (),
+        resume: Path | None = None,
+        start: Sequence[LoraFile] = (),
     ) -> None:
         self.loaded, self.prompts, self.config = loaded, prompts, config
         self.reward = replace(reward, reward=copy(reward.reward))  # what a mixture learns of its terms stays here
         self.heldout = [judge.reward for judge in heldout]
         self.samples = (samples or prompts)[: config.sample_count]
-        self.folder = self._choose_folder(folders.check_prefix(prefix), samples)
+        self.start = [LoraUse(lora, 1.0) for lora in start]
+        if resume and start:
+            raise ValueError("resume_from goes on with a run, start_lora begins a new one; use only one of them")
+        self.folder = self._resumable(resume) if resume else self._choose_folder(folders.check_prefix(prefix), samples)
         self.first: Evaluation | None = None
         self.last: Evaluation | None = None
 
@@ -71,19 +82,27 @@ class TrainingRun:
         """The same settings always meet the same folder, and so their own checkpoint."""
         told = [[example.identity for example in some] for some in (self.prompts, samples)]
         what = [self.config.decisive(), self.loaded.fingerprint(), self.reward.identity, *told]
+        what += [lora_digest(use.lora) for use in self.start]
         digits = hashlib.sha256(canonical_json(what).encode()).hexdigest()[:8]
         folder = prefix.with_name(f"{prefix.name}_{digits}")
-        newest = list_checkpoints(folder)[-1:]
-        if newest and int(newest[0].stem.rpartition("-")[2]) > self.config.steps:
+        if checkpoint_steps(folder)[-1:] > [self.config.steps]:
             return folder.with_name(f"{folder.name}_{self.config.steps}")  # that run has gone further already
         return folder
 
-    def execute(self, progress: Progress) -> io.NodeOutput:
+    def _resumable(self, folder: Path) -> Path:
+        made = checkpoint_steps(folder)
+        if not made:
+            raise ValueError(f"{folder.name} has no checkpoint to go on from; begin a new run")
+        if made[-1] > self.config.steps:
+            raise ValueError(f"{folder.name} has made {made[-1]} steps already; set steps above that to go on")
+        return folder
+
+    def execute(self, progress: LiveTraining) -> io.NodeOutput:
         """Train, then gather what the node gives."""
         model, config = self.loaded.model, self.config
         cache = Path(folder_paths.get_temp_directory(), "reward_lora_text")
         with lent(model, self.reward.reward) as device, applied(model, self.loaded.uses):
-            trainer = Trainer(
+            trainer = ShownTrainer(
                 model,
                 self.reward.reward,
                 self.prompts,
@@ -91,10 +110,12 @@ class TrainingRun:
                 self.folder,
                 sample_prompts=self.samples,
                 heldout=self.heldout,
+                start=self.start,
                 device=device,
                 cache=cache,
                 tick=progress,
             )
+            trainer.live = progress
             made, seconds, skipped = self._follow(trainer, progress)
             paths = list(trainer.lora_paths.values())
             if self._stop() and trainer.kept_paths:  # what came after the best step is what the run was stopped for
@@ -104,7 +125,7 @@ class TrainingRun:
         curve, picture = trainer.files.curve(), self._picture(trainer, f"step {config.steps}", before, after)
         overview = write_png(self.folder / "overview.png", picture)
         summary = self._summary(made, seconds, skipped)
-        progress.show(config.steps, picture, summary)  # the last live preview stays on the node
+        progress.finish(picture, summary)  # the last live preview stays on the node
         kept = [self.folder / "report.html", *trainer.lora_paths.values(), *trainer.kept_paths]
         kept += [self.folder / "reward.png", self.folder / "log.jsonl"]
         for index in range(min(SHOWN, len(self.samples))):
@@ -117,10 +138,11 @@ class TrainingRun:
             to_images(after),
             summary,
             loras[1] if len(loras) > 1 else ExecutionBlocker(None),
+            folders.listed(overview)[0]["subfolder"],
             ui={"images": folders.listed(overview), "files": folders.listed(*kept), "text": [summary]},
         )
 
-    def _follow(self, trainer: Trainer, progress: Progress) -> tuple[int, float, int]:
+    def _follow(self, trainer: Trainer, progress: LiveTraining) -> tuple[int, float, int]:
         """Make the steps and show them. Gives the steps made now, their seconds, and how many were skipped."""
         made, seconds, skipped, drawn = 0, 0.0, 0, 0.0
         try:
@@ -135,7 +157,7 @@ class TrainingRun:
                     picture = None
                     if event.evaluation or seconds - drawn > REDRAW:
                         picture, drawn = self._picture(trainer, f"step {event.step}"), seconds
-                    progress.show(event.step, picture, _line(event))
+                    progress.follow(event, picture)
         except InterruptProcessingException:
             progress.say("cancelled; what was learned is saved, and running the same settings again goes on from there")
             raise
@@ -158,11 +180,20 @@ class TrainingRun:
         rows = [(name, clips) for name, clips in (("before", before), (label, after)) if clips is not None]
         if not rows:
             return curve
-        labels = [sample.prompt for sample in self.samples[:SHOWN]]
+        shown = zip(self.samples[:SHOWN], self._scores(), strict=False)
+        labels = [f"{sample.prompt} {scores}" for sample, scores in shown]
         sheet = contact_sheet([clips for _, clips in rows], [name for name, _ in rows], labels)
         height = round(sheet.shape[0] * curve.shape[1] / sheet.shape[1])
         sheet = np.asarray(Image.fromarray(sheet).resize((curve.shape[1], height), Image.Resampling.LANCZOS))
         return np.concatenate([curve, sheet])
+
+    def _scores(self) -> list[str]:
+        """Of every sample, before and now."""
+        found = [self.first.rewards] if self.first else []
+        found += [self.last.rewards] if self.last and self.last is not self.first else []
+        return [f"({' -> '.join(f'{r:.3f}' for r in rewards)})" for rewards in zip(*found, strict=True)] or [
+            "" for _ in self.samples
+        ]
 
     def _records(self) -> list[dict]:
         lines = (self.folder / "log.jsonl").read_text(encoding="utf-8").splitlines()
@@ -184,13 +215,3 @@ class TrainingRun:
         if skipped:
             text += f"; {skipped} steps skipped, see log.jsonl"
         return f"{text}; files in output/{folders.listed(self.folder / 'log.jsonl')[0]['subfolder']}"
-
-
-def _line(event: StepEvent) -> str:
-    """What the node shows while it trains."""
-    text = f"step {event.step} of {event.steps}"
-    if event.step:
-        text += f", reward {event.reward:.4f}, gradient {event.grad_norm:.3g}, {event.seconds:.1f} s a step"
-    if event.evaluation:
-        text += f", {event.evaluation.reward:.4f} on fixed prompts"
-    return text + (f", skipped: {event.skipped}" if event.skipped else "")

@@ -72,3 +72,8 @@ def lora_digest(lora: LoraFile) -> str:
         for matrix in parts:
             digest.update(matrix.float().contiguous().numpy().tobytes())
     return digest.hexdigest()[:16]
+
+
+def split_lines(text: str) -> list[str]:
+    """Prompts written one a line."""
+    return [line.strip() for line in text.splitlines() if line.strip()]
