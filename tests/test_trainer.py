@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
-from contextlib import closing
+from contextlib import closing, contextmanager
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from reward_lora.files import read_safetensors, write_safetensors
 from reward_lora.lora.files import read_lora
 from reward_lora.reward_models.mixture import Mixture, MixtureSettings
 from reward_lora.selfcheck.exactness import ToyReward
@@ -288,6 +290,108 @@ def test_a_run_stopped_between_two_updates_of_a_rollout_ends_the_same(wan, rewar
     resumed = Trainer(wan, reward, PROMPTS, config, part.folder)
     assert [event.step for event in resumed] == [6, 7]
     assert resumed.lora_path.read_bytes() == whole.lora_path.read_bytes()
+
+
+@contextmanager
+def files_up_to(size: int):
+    """Nothing larger than so many bytes can be written."""
+    import resource
+
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="the size of files is limited where there are limits: not on Windows")
+def test_a_disk_that_takes_no_more_keeps_the_last_checkpoint(wan, reward, config, tmp_path):
+    config = replace(config, steps=6, rank=8, sample_every=0)
+    whole = Trainer(wan, reward, PROMPTS, config, tmp_path / "whole" / "run")
+    list(whole)
+    before = weights(wan)
+    trainer = Trainer(wan, reward, PROMPTS, config, tmp_path / "run")
+    with closing(iter(trainer)) as events:
+        while next(events).step < 3:
+            pass
+        size = list_checkpoints(trainer.folder)[-1].stat().st_size
+        sentence = "run takes nothing more .File too large.; checkpoint-000002.safetensors is whole: make room"
+        with files_up_to(size // 2), pytest.raises(TrainingStopped, match=sentence):
+            next(events)
+    assert same(before, wan)
+    assert read_lora(trainer.lora_path).metadata["step"] == "4"  # it is smaller than a checkpoint
+    assert not list(trainer.folder.rglob("*.partial"))
+    assert [event.step for event in Trainer(wan, reward, PROMPTS, config, trainer.folder)] == [3, 4, 5, 6]
+    assert trainer.lora_path.read_bytes() == whole.lora_path.read_bytes()
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A disk of 256 KiB, by a function that mounts it again with other options."""
+    place = tmp_path / "disk"
+    place.mkdir()
+
+    def mount(options):
+        return subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(place)], capture_output=True)
+
+    if not shutil.which("mount") or mount("size=256k").returncode:
+        pytest.skip("a small disk needs the right to mount one")
+    yield place, mount
+    subprocess.run(["umount", str(place)], check=True)
+
+
+def test_a_full_disk_keeps_the_last_checkpoint(wan, reward, config, small_disk):
+    place, _ = small_disk
+    trainer = Trainer(wan, reward, PROMPTS, replace(config, steps=90, keep_checkpoints=90, sample_every=0), place / "r")
+    with pytest.raises(TrainingStopped, match="r takes nothing more .No space left on device.; checkpoint-.* is whole"):
+        list(trainer)
+    steps = [int(path.stem[-6:]) for path in list_checkpoints(trainer.folder)]
+    assert steps == list(range(2, steps[-1] + 1, 2))
+    list_checkpoints(trainer.folder)[0].unlink()
+    list_checkpoints(trainer.folder)[0].unlink()
+    again = Trainer(wan, reward, PROMPTS, replace(config, steps=steps[-1] + 2, sample_every=0), trainer.folder)
+    assert [event.step for event in again] == [steps[-1] + 1, steps[-1] + 2]
+
+
+def test_a_folder_that_cannot_be_written_is_refused_before_any_work(wan, reward, config, small_disk):
+    place, mount = small_disk
+    assert not mount("remount,ro").returncode
+    phases = []
+    trainer = Trainer(wan, reward, PROMPTS, config, place / "run", tick=phases.append)
+    with pytest.raises(ValueError, match="disk/run cannot be written to .Read-only file system.; choose another"):
+        list(trainer)
+    assert phases == []
+
+
+def test_a_folder_below_a_file_is_refused_before_any_work(wan, reward, config, tmp_path):
+    (tmp_path / "file").touch()
+    phases = []
+    with pytest.raises(ValueError, match="file/run cannot be written to .Not a directory.; choose another"):
+        list(Trainer(wan, reward, PROMPTS, config, tmp_path / "file" / "run", tick=phases.append))
+    assert phases == []
+
+
+def test_only_so_many_checkpoints_stay(wan, reward, config, tmp_path):
+    config = replace(config, steps=6, save_every=1, keep_checkpoints=3, sample_every=0)
+    trainer = Trainer(wan, reward, PROMPTS, config, tmp_path / "run")
+    list(trainer)
+    assert [path.stem[-1] for path in list_checkpoints(trainer.folder)] == ["4", "5", "6"]
+
+
+def test_the_effective_batch_and_another_number_of_processes_are_said(wan, reward, config, tmp_path, caplog):
+    caplog.set_level("INFO")
+    config = replace(config, steps=1, accumulation=3, sample_every=0)
+    trainer = Trainer(wan, reward, PROMPTS, config, tmp_path / "run")
+    list(trainer)
+    assert "6 videos a step: 1 process x 3 accumulated x batches of 2" in caplog.text
+    assert "so far" not in caplog.text
+    path = list_checkpoints(trainer.folder)[-1]
+    tensors, metadata = read_safetensors(path)
+    made_by_two = metadata["progress"].replace('"processes":1', '"processes":2')
+    write_safetensors(path, tensors, metadata | {"progress": made_by_two})
+    list(Trainer(wan, reward, PROMPTS, replace(config, steps=2), trainer.folder))
+    assert "made by 2 processes so far and goes on with 1 process: from step 2 on" in caplog.text
 
 
 def read_bytes(path: Path) -> bytes:

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import json
-from collections.abc import Sequence
+import os
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +15,18 @@ import numpy as np
 from torch import Tensor
 
 from ..files import write_text
-from .events import Evaluation, StepEvent
+from .checkpoint import list_checkpoints
+from .events import Evaluation, StepEvent, TrainingStopped
 from .media import Curve, reward_curve, write_png, write_preview, write_video
 from .report import PREVIEWS, page, sweep_preview
 from .run_log import RunLog
 
 SHOWN = 6
 """How many clips of an evaluation are written as videos and shown; all of them are scored."""
+
+
+FULL = {errno.ENOSPC, errno.EFBIG, errno.EROFS, errno.EIO} | {getattr(errno, "EDQUOT", errno.ENOSPC)}
+"""What a system says of a disk that takes nothing more."""
 
 
 def best_path(path: Path) -> Path:
@@ -45,6 +54,38 @@ class RunFolder:
         return self.path / (f"{self.path.name}_{expert}.safetensors" if len(experts) > 1 else
                             f"{self.path.name}.safetensors")  # fmt: skip
 
+    def claim(self) -> None:
+        """Make the folder. Raises ``ValueError`` if nothing can be written in it."""
+        probe = self.path / f".{os.getpid()}.partial"
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            probe.write_bytes(b"\0")
+            probe.unlink()
+        except OSError as error:
+            raise ValueError(
+                f"the run's folder {self.path} cannot be written to ({error.strerror}); "
+                "choose another, make room or correct its permissions"
+            ) from None
+
+    @contextmanager
+    def told_when_full(self) -> Iterator[None]:
+        """Raise :class:`TrainingStopped` with what is safe when the disk takes nothing more."""
+        from safetensors import SafetensorError
+
+        try:
+            yield
+        except (OSError, SafetensorError) as error:
+            found = re.search(r"\(os error (\d+)\)", str(error))
+            number = error.errno if isinstance(error, OSError) else int(found[1]) if found else None
+            if number not in FULL:
+                raise
+            checkpoints = list_checkpoints(self.path)
+            safe = f"{checkpoints[-1].name} is whole" if checkpoints else "there is no checkpoint yet"
+            raise TrainingStopped(
+                f"{self.path} takes nothing more ({os.strerror(number)}); {safe}: "
+                "make room, and start the same run again to go on"
+            ) from error
+
     def open(self, step: int, config: dict[str, Any], prompts: Sequence[str]) -> None:
         """Keep what an earlier run logged up to the checkpoint at ``step``; steps after it will be made again.
 
@@ -54,7 +95,6 @@ class RunFolder:
             prompts: Of the evaluations.
         """
         self._config, self._prompts = config, list(prompts)
-        self.path.mkdir(parents=True, exist_ok=True)
         for partial in self.path.rglob(".*.partial"):  # half-written when an earlier run was killed
             partial.unlink()
         log = self.path / "log.jsonl"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -34,6 +35,8 @@ from .run_sweep import sweep_run
 from .seeds import draw_prompts, seed_for
 from .start import begin_from
 
+log = logging.getLogger(__name__)
+
 
 class Trainer:
     """Trains reward LoRAs on one or all networks of a video model by reward backpropagation.
@@ -65,7 +68,7 @@ class Trainer:
 
     Raises:
         ValueError: Settings that do not fit the model, a reward that cannot train, a folder with another run.
-        TrainingStopped: While iterating: too many steps in a row without a finite gradient.
+        TrainingStopped: While iterating: too many steps in a row without a finite gradient, or a full disk.
     """
 
     def __init__(
@@ -126,6 +129,17 @@ class Trainer:
         """What the run gives: the newest LoRAs, or if its last evaluation was bad those of the best."""
         return (self._watch and self._watch.bad and self.kept_paths) or list(self.lora_paths.values())
 
+    @property
+    def videos_a_step(self) -> int:
+        """The effective batch."""
+        return self._group.size * self.config.accumulation * self.config.batch_size
+
+    @property
+    def batch_in_words(self) -> str:
+        """What the effective batch is made of."""
+        c, size = self.config, self._group.size
+        return f"{size} process{'es'[: 2 * (size > 1)]} x {c.accumulation} accumulated x batches of {c.batch_size}"
+
     def evaluate(self) -> Evaluation:
         """The evaluation prompts on their fixed seeds, sampled and scored with the model as it is now."""
         return self._learner.evaluate(self.samples, self._heldout)
@@ -138,8 +152,11 @@ class Trainer:
 
     def __iter__(self) -> Iterator[StepEvent]:
         c, leads = self.config, self._group.leads
-        self.folder.mkdir(parents=True, exist_ok=True)
+        if leads:
+            self.files.claim()
+            log.info("%d videos a step: %s", self.videos_a_step, self.batch_in_words)
         with ExitStack() as undo:
+            undo.enter_context(self.files.told_when_full())
             undo.callback(self._learner.rest)
             self._learner.prepare([*self.examples, *self.samples])
             adapters = self._inject(undo)
@@ -155,7 +172,15 @@ class Trainer:
             )
             average = Average(parameters, c.ema)
             state = (self._identity, parameters, average.values, optimizer, self.reward, self._begun)
-            progress = load_latest(self.folder, *state) or Progress()
+            progress = load_latest(self.folder, *state) or Progress(processes=self._group.size)
+            if progress.processes != self._group.size and leads:
+                log.warning(
+                    "this run was made by %s so far and goes on with %s: from step %d on its prompts and noise are "
+                    "other ones than they would have been, %d videos a step",
+                    *(f"{n} process{'es'[: 2 * (n > 1)]}" for n in (progress.processes, self._group.size)),
+                    progress.step + 1, self.videos_a_step,
+                )  # fmt: skip
+            progress.processes = self._group.size
             optimizer.register_step_post_hook(lambda *_: average.update(progress.step - progress.skipped))
             if progress.memory and c.memory == "auto":
                 self._learner.adopt(plan_for(progress.memory, self.model))
@@ -204,13 +229,15 @@ class Trainer:
                         sweep_run(self, guards, adapters)
                 self._group.gather(None)  # nobody leaves before
             finally:
-                if saved_at != progress.step:
-                    save()
-                if leads:
-                    with average.in_place():
-                        for expert, adapter in adapters.items():
-                            self._save_lora(self.lora_paths[expert], expert, adapter, progress.step)
-                    self.files.draw()
+                try:
+                    if saved_at != progress.step:
+                        save()
+                finally:  # the LoRA is smaller than a checkpoint
+                    if leads:
+                        with average.in_place():
+                            for expert, adapter in adapters.items():
+                                self._save_lora(self.lora_paths[expert], expert, adapter, progress.step)
+                        self.files.draw()
 
     def _step(
         self,
