@@ -10,6 +10,7 @@ from .lora import ApplyRewardLora, SaveRewardLora
 from .lora_catalog import FetchPublishedLora
 from .lora_model import ApplyRewardLoraToModel
 from .lora_sweep import SweepLoraStrength
+from .native import VideoModelFromParts
 from .prompts import Prompts
 from .reward import CombineRewards, LoadReward
 from .runs import LoadTrainedLora, TrainingReport
@@ -28,6 +29,7 @@ from .video_model import LoadVideoModel, LoadVideoModelFiles
 NODES: list[type[io.ComfyNode]] = [
     LoadVideoModel,
     LoadVideoModelFiles,
+    VideoModelFromParts,
     Prompts,
     GenerateVideo,
     LoadReward,
