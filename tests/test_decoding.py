@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from reward_lora.benchmarks.allocated import peak_bytes
 from reward_lora.selfcheck import exactness
 from reward_lora.tests.families import cases
 from reward_lora.training.config import TrainConfig
@@ -10,6 +11,7 @@ from reward_lora.training.gradient import Walk, silent
 from reward_lora.training.judge import Objective, View, judge, seen_frames
 from reward_lora.video_models import load_video_model
 from reward_lora.video_models.precision import float64_throughout
+from reward_lora.video_models.wan import WanModel
 
 LATENTS = 5
 
@@ -113,6 +115,44 @@ def test_boundaries_that_are_not_kept_are_made_again_and_change_nothing(model, l
     assert LATENTS + again <= len(ticks) <= LATENTS + again + again // max(1, every - 1) + 1
     assert sparse(21) == 5
     assert sparse(1) == 1
+
+
+def memory_of(model, count, save_memory):
+    """Peak bytes of a clip's decoding and its gradient, those of the largest boundary, and those of the frames."""
+    latents = model.initial_latents((4, count, 4, 4), [0])
+    decoder = Decoder(model, silent, save_memory, keep_every=sparse(count) if save_memory else 1)
+    carried, frames = [], []
+
+    def run():
+        clips, given = decoder.forward(latents)
+        carried[:] = [sum(e.nbytes for e in entry if isinstance(e, torch.Tensor)) for entry in given if entry]
+        gradients = [torch.ones_like(clip) for clip in clips]
+        frames[:] = [clip.nbytes for clip in clips]
+        del clips
+        decoder.backward(latents, given, gradients)
+
+    return peak_bytes(run), max(carried, default=0), sum(frames)
+
+
+@pytest.mark.parametrize("save_memory", [False, True])
+def test_a_long_clip_needs_the_memory_of_a_short_one_and_what_is_carried(save_memory):
+    from diffusers import AutoencoderKLWan
+
+    torch.manual_seed(0)
+    vae = AutoencoderKLWan(base_dim=16, z_dim=4, dim_mult=[1, 2, 4], num_res_blocks=1, temperal_downsample=[True, True],
+                           latents_mean=[0.0] * 4, latents_std=[1.0] * 4)  # fmt: skip
+    tiny = exactness.tiny_wan(dtype=torch.float32)
+    model = WanModel(tiny.spec, tiny.transformer, vae)
+    two, of_first, _ = memory_of(model, 2, save_memory)
+    three, boundary, frames_of_three = memory_of(model, 3, save_memory)
+    many, same, frames_of_many = memory_of(model, 21, save_memory)
+    assert boundary == same > of_first
+    every = sparse(21) if save_memory else 1
+    waiting = 4 + 4 if save_memory else 20  # kept, and of one stretch made again
+    assert waiting == sum(i % every == 0 for i in range(1, 21)) + every - 1
+    assert many - waiting * boundary <= 1.3 * (two - of_first)
+    a_latent = (many - three) / 18  # the frames are the reward's
+    assert a_latent - (frames_of_many - frames_of_three) / 18 <= (0.4 if save_memory else 1.01) * boundary
 
 
 VAES = {
