@@ -63,11 +63,14 @@ class TestTinyVae:
 
     def make(self, path, sizes):
         import comfy.ldm.wan.vae
+        import comfy.ldm.wan.vae2_2
         import comfy.sd
         import comfy.utils
 
-        real = comfy.ldm.wan.vae.WanVAE
-        with patch("comfy.ldm.wan.vae.WanVAE", lambda **config: real(**{**config, **json.loads(sizes)})):
+        sizes = json.loads(sizes)
+        module = comfy.ldm.wan.vae2_2 if "dec_dim" in sizes else comfy.ldm.wan.vae
+        real = module.WanVAE
+        with patch.object(module, "WanVAE", lambda **config: real(**{**config, **sizes})):
             return (comfy.sd.VAE(sd=comfy.utils.load_torch_file(path)),)
 
 

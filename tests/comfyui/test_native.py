@@ -3,13 +3,25 @@
 from __future__ import annotations
 
 import json
+import re
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from reward_lora.tests.families import wan
-from reward_lora.tests.families.wan_shapes import TINY_SINGLE, TINY_VAE, fill, transformer_shapes, vae_shapes
+from reward_lora.tests.families.wan_shapes import (
+    TINY_SINGLE,
+    TINY_VAE,
+    TINY_VAE_22,
+    fill,
+    transformer_shapes,
+    vae_22_shapes,
+    vae_shapes,
+)
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -18,11 +30,22 @@ from . import graphs
 pytestmark = pytest.mark.comfyui
 
 NATIVE = TINY_SINGLE | {"text_dim": 4096, "freq_dim": 256}
-"""Core knows these two sizes by heart."""
+"""Core knows these two sizes by heart, and the width of CLIP."""
 UMT5 = {"vocab_size": 40, "d_model": 4096, "d_kv": 8, "d_ff": 16, "num_layers": 2, "num_heads": 2}
-SHIFT, SEED = 3.0, 7
+CLIP = {"hidden_size": 1280, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 16}
+CLIP |= {"patch_size": 14, "image_size": 224, "hidden_act": "gelu", "num_channels": 3}
+DIFFUSION = {
+    "t2v": NATIVE,
+    "low": NATIVE,
+    "i2v": NATIVE | {"in_dim": 36, "image_dim": 1280},
+    "ti2v": NATIVE | {"in_dim": 48, "out_dim": 48},
+    "control": NATIVE | {"in_dim": 52},
+}
+SHIFT, STEPS, SEED, GUIDANCE = 3.0, 4, 7, 2.0
+PROMPT = "a red circle moves right"
+LEVEL = 1.5 / 255
+"""Of a saved picture, where rounding may go either way."""
 SIZE = {"width": 32, "height": 32, "frames": 5}
-PROMPTS = "a red circle moves right\na blue square on the left"
 
 
 @dataclass
@@ -31,29 +54,31 @@ class Files:
 
     base: Path
 
-    def core(self, model: str = "native_t2v", shift: float = SHIFT, **changes) -> dict:
+    def core(self, file: str = "t2v", shift: float = SHIFT, vae: str = "vae", **changes) -> dict:
         """Nodes m (MODEL), s (its shift), c (CLIP), v (VAE) and 1 (ours from them)."""
         sizes = {key: TINY_VAE[key] for key in ("dim", "z_dim", "dim_mult", "num_res_blocks")}
-        unet = {"unet_name": f"{model}.safetensors", "weight_dtype": "default"}
+        if vae == "vae_22":
+            sizes = {key: TINY_VAE_22[key] for key in ("dim", "z_dim", "dim_mult", "num_res_blocks")}
+            sizes |= {"dec_dim": TINY_VAE_22["decoder_dim"], "temperal_downsample": TINY_VAE_22["temporal"]}
+        unet = {"unet_name": f"native_{file}.safetensors", "weight_dtype": "default"}
         parts = {"model": ["s", 0], "clip": ["c", 0], "vae": ["v", 0], "dtype": "float32"}
+        text, pictures = (str(self.base / folder / "native.safetensors") for folder in ("text_encoders", "clip_vision"))
         return {
             "m": {"class_type": "UNETLoader", "inputs": unet},
             "s": {"class_type": "ModelSamplingSD3", "inputs": {"model": ["m", 0], "shift": shift}},
-            "c": {
-                "class_type": "TestTinyClip",
-                "inputs": {"path": str(self.base / "text_encoders/native.safetensors"), "config": json.dumps(UMT5)},
-            },
-            "v": {
-                "class_type": "TestTinyVae",
-                "inputs": {"path": str(self.base / "vae/native.safetensors"), "sizes": json.dumps(sizes)},
-            },
+            "c": {"class_type": "TestTinyClip", "inputs": {"path": text, "config": json.dumps(UMT5)}},
+            "v": {"class_type": "TestTinyVae",
+                  "inputs": {"path": str(self.base / f"vae/native_{vae}.safetensors"), "sizes": json.dumps(sizes)}},
+            "p": {"class_type": "TestTinyClipVision",
+                  "inputs": {"path": pictures, "config": str(self.base / "clip_vision/config.json")}},
             "1": graphs.node("VideoModelFromParts", **parts | changes),
-        }
+        }  # fmt: skip
 
-    def ours(self, model: str = "native_t2v") -> dict:
+    def ours(self, model: str = "t2v", vae: str = "vae", **changes) -> dict:
         """Node 1, our loader of the same files."""
-        files = {"diffusion": f"{model}.safetensors", "text_encoder": "native.safetensors", "vae": "native.safetensors"}
-        return {"1": graphs.node("LoadVideoModelFiles", dtype="float32", **files)}
+        files = {"diffusion": f"native_{model}.safetensors", "text_encoder": "native.safetensors"}
+        files |= {"vae": f"native_{vae}.safetensors", "dtype": "float32"}
+        return {"1": graphs.node("LoadVideoModelFiles", **files | changes)}
 
 
 @pytest.fixture(scope="module")
@@ -61,11 +86,25 @@ def files(comfyui) -> Files:
     base = comfyui.base / "models"
     for folder in ("diffusion_models", "text_encoders", "vae", "clip_vision"):
         (base / folder).mkdir(exist_ok=True)
-    tensors = fill(transformer_shapes(**NATIVE), 1, 0.05)
-    save_file(tensors, base / "diffusion_models" / "native_t2v.safetensors")
-    save_file(fill(vae_shapes(**TINY_VAE), 2), base / "vae" / "native.safetensors")
-    save_file(wan._half(text_encoder()), base / "text_encoders" / "native.safetensors")
+    for seed, (name, sizes) in enumerate(DIFFUSION.items()):
+        tensors = fill(transformer_shapes(**sizes), seed, 0.05)
+        save_file(tensors, base / f"diffusion_models/native_{name}.safetensors")
+    save_file(float8(), base / "diffusion_models/native_float8.safetensors")
+    save_file(fill(vae_shapes(**TINY_VAE), 2), base / "vae/native_vae.safetensors")
+    save_file(fill(vae_22_shapes(**TINY_VAE_22), 2), base / "vae/native_vae_22.safetensors")
+    save_file(wan._half(text_encoder()), base / "text_encoders/native.safetensors")
+    save_file(wan._half(clip_vision()), base / "clip_vision/native.safetensors")
+    (base / "clip_vision/config.json").write_text(json.dumps(CLIP | {"model_type": "clip_vision_model"}))
     return Files(base)
+
+
+def float8() -> dict[str, Tensor]:
+    """Matrices in scaled float8; the rest loses nothing in float8, for some versions of core keep biases so too."""
+    prefix = "model.diffusion_model."
+    tensors = {prefix + name: tensor for name, tensor in fill(transformer_shapes(**NATIVE), 0, 0.05).items()}
+    tensors = wan._float8(tensors, prefix)
+    rounded = {name: tensor.to(torch.float8_e4m3fn).to(tensor.dtype) for name, tensor in tensors.items()}
+    return tensors | {name: tensor for name, tensor in rounded.items() if tensor.dtype == torch.float16}
 
 
 def text_encoder() -> dict[str, Tensor]:
@@ -78,23 +117,219 @@ def text_encoder() -> dict[str, Tensor]:
     return tensors | {"spiece_model": wan._umt5_of_transformers()["spiece_model"]}
 
 
-def trained(comfyui, load: dict, prefix: str, **changes) -> dict[str, Tensor]:
-    """What three steps teach a model that node 1 loads."""
-    settings = {"steps": 3, "batch_size": 2, "sampler_steps": 3, "guidance_scale": 2.0, "learning_rate": 1e-3}
-    settings |= {"prompts": PROMPTS, "prompt_file": "", "sample_prompts": "a red circle", "sample_count": 1, **SIZE}
-    graph = graphs.train(prefix=prefix, video_model=["1", 0], **settings | changes)
-    graph = {key: node for key, node in graph.items() if node["class_type"] != "RewardLoraLoadVideoModel"} | load
+def clip_vision() -> dict[str, Tensor]:
+    """CLIP's image encoder in the names of transformers 4, as wide as Wan's."""
+    from transformers import CLIPVisionConfig, CLIPVisionModel
+
+    torch.manual_seed(4)
+    tensors = CLIPVisionModel(CLIPVisionConfig(**CLIP)).state_dict()
+    return {f"vision_model.{name.removeprefix('vision_model.')}": tensor for name, tensor in tensors.items()}
+
+
+def run(comfyui, graph: dict):
     outcome = comfyui.run(graph)
     assert outcome.status == "success", outcome.message
-    (run,) = comfyui.output.glob(f"{prefix}_*")
-    return load_file(run / f"{run.name}.safetensors")
+    return outcome
 
 
-def test_the_lora_is_the_one_of_our_own_loader(comfyui, files):
-    native = trained(comfyui, files.core(shift=5.0), "tests/native")
-    own = trained(comfyui, files.ours(), "tests/own")
-    assert native.keys() == own.keys()
-    change = max(float(own[name].abs().max()) for name in own if "lora_B" in name)
-    assert change > 1e-3, "nothing was learned"
-    for name, tensor in own.items():
-        torch.testing.assert_close(native[name], tensor, rtol=0, atol=1e-3 * change)
+def pictures(comfyui, outcome) -> np.ndarray:
+    """The frames a graph saved, ``[T, H, W, 3]`` in 0..1."""
+    frames = [np.asarray(Image.open(file)) for file in comfyui.files(outcome) if file.suffix == ".png"]
+    return np.stack(frames).astype(float) / 255
+
+
+def painted(comfyui, load: dict, **changes) -> np.ndarray:
+    """What our Generate Video makes of node 1."""
+    graph = graphs.generate(prompt=PROMPT, seed=SEED, steps=STEPS, guidance_scale=GUIDANCE, **SIZE, **changes)
+    return pictures(comfyui, run(comfyui, graph | load))
+
+
+def sampled(files: Files, model: list, cfg: float = GUIDANCE, negative: str = "") -> dict:
+    """Nodes of core's own sampler, up to frames in node i."""
+    text = [("pos", PROMPT), ("neg", negative)]
+    sampler = {"model": model, "positive": ["pos", 0], "negative": ["neg", 0], "latent_image": ["e", 0], "cfg": cfg}
+    sampler |= {"seed": SEED, "steps": STEPS, "sampler_name": "euler", "scheduler": "simple", "denoise": 1.0}
+    return files.core() | {
+        name: {"class_type": "CLIPTextEncode", "inputs": {"clip": ["c", 0], "text": words}} for name, words in text
+    } | {
+        "e": {"class_type": "EmptyHunyuanLatentVideo",
+              "inputs": {"width": 32, "height": 32, "length": 5, "batch_size": 1}},
+        "k": {"class_type": "KSampler", "inputs": sampler},
+        "i": {"class_type": "VAEDecode", "inputs": {"samples": ["k", 0], "vae": ["v", 0]}},
+        "o": {"class_type": "SaveImage", "inputs": {"images": ["i", 0], "filename_prefix": "frames/core"}},
+    }  # fmt: skip
+
+
+def training(load: dict, prefix: str, **changes) -> dict:
+    """Three steps on the model that node 1 loads."""
+    settings = {"steps": 3, "batch_size": 2, "sampler_steps": STEPS, "guidance_scale": GUIDANCE, "learning_rate": 0.01}
+    settings |= {"prompts": PROMPT, "prompt_file": "", "sample_prompts": PROMPT, "sample_count": 1, **SIZE}
+    graph = graphs.train(prefix=prefix, video_model=["1", 0], **settings | changes)
+    return {key: node for key, node in graph.items() if node["class_type"] != "RewardLoraLoadVideoModel"} | load
+
+
+def learned(comfyui, graph: dict) -> dict[str, Tensor]:
+    run(comfyui, graph)
+    prefix = graph[graphs.train_key(graph)]["inputs"]["prefix"]
+    (folder,) = comfyui.output.glob(f"{prefix}_*")
+    return load_file(folder / f"{folder.name}.safetensors")
+
+
+def assert_same_lora(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
+    assert one.keys() == other.keys()
+    assert max(float(tensor.abs().max()) for name, tensor in one.items() if "lora_B" in name) > 1e-2
+    for name, tensor in one.items():
+        torch.testing.assert_close(tensor, other[name], rtol=0, atol=1e-6)
+
+
+def weights_of(comfyui, files: Files, model: str = "t2v") -> str:
+    graph = files.core(model)
+    graph["w"] = {"class_type": "TestWeights", "inputs": {"model": ["m", 0]}}
+    return run(comfyui, graph).outputs["w"]["text"][0]
+
+
+@pytest.fixture(scope="module")
+def trained(comfyui, files) -> tuple[dict[str, Tensor], str, str]:
+    """The LoRA learned on core's MODEL, and the hash of the MODEL's weights before and after."""
+    before = weights_of(comfyui, files)
+    lora = learned(comfyui, training(files.core(shift=5.0), "tests/native"))
+    return lora, before, weights_of(comfyui, files)
+
+
+def test_the_lora_is_the_one_of_our_own_loader(comfyui, files, trained):
+    assert_same_lora(trained[0], learned(comfyui, training(files.ours(), "tests/own")))
+
+
+def test_the_model_itself_stays_as_it_was(trained):
+    _, before, after = trained
+    assert before == after
+
+
+def test_a_base_in_scaled_float8(comfyui, files):
+    """Training, and a picture of core's own sampler, which unpacks the weights itself."""
+    native = learned(comfyui, training(files.core("float8", 5.0), "tests/native8"))
+    assert_same_lora(native, learned(comfyui, training(files.ours("float8"), "tests/own8")))
+    core = pictures(comfyui, run(comfyui, sampled(files, ["s", 0]) | files.core("float8")))
+    assert np.abs(painted(comfyui, files.core("float8")) - core).max() < LEVEL
+    assert not np.array_equal(core, painted(comfyui, files.core()))
+
+
+def test_cores_sampler_takes_the_lora_as_we_do(comfyui, files, trained):
+    save_file(trained[0], files.base / "loras" / "native.safetensors")
+    native = files.core()
+    native["2"] = graphs.node("ApplyRewardLora", video_model=["1", 0], lora_file="native.safetensors", strength=1.0)
+    loader = {"class_type": "LoraLoaderModelOnly",
+              "inputs": {"model": ["s", 0], "lora_name": "native.safetensors", "strength_model": 1.0}}  # fmt: skip
+    ours = painted(comfyui, native), painted(comfyui, native, video_model=["2", 0])
+    core = [pictures(comfyui, run(comfyui, sampled(files, [name, 0]) | {"l": loader})) for name in ("s", "l")]
+    baked = painted(comfyui, files.core(model=["l", 0]) | {"l": loader})
+    assert np.abs(core[1] - core[0]).max() > 0.1, "the LoRA changes nothing that could be seen"
+    for one, other in ((core[0], ours[0]), (core[1], ours[1]), (core[1], baked)):
+        assert np.abs(one - other).max() < LEVEL
+
+
+def test_another_lora_is_trained_on_top_of_the_models(comfyui, files, trained):
+    """What lies on the MODEL is part of the base: its run has a folder of its own, and the report says it."""
+    save_file(trained[0], files.base / "loras" / "native.safetensors")
+    graph = training(files.core(shift=5.0, model=["l", 0]), "tests/native")
+    graph["l"] = {"class_type": "LoraLoaderModelOnly",
+                  "inputs": {"model": ["s", 0], "lora_name": "native.safetensors", "strength_model": 1.0}}  # fmt: skip
+    before = set(comfyui.output.glob("tests/native_*"))
+    outcome = run(comfyui, graph)
+    (folder,) = set(comfyui.output.glob("tests/native_*")) - before
+    assert "weights with LoRAs or other patches taken over" in outcome.outputs["1"]["text"][0]
+    first = json.loads((folder / "log.jsonl").read_text().splitlines()[0])["evaluation"]
+    (plain,) = before
+    last = json.loads((plain / "log.jsonl").read_text().splitlines()[-1])["evaluation"]
+    assert first == pytest.approx(last, abs=1e-4), "it should begin where the first LoRA ended"
+
+
+def test_running_again_goes_on_in_the_same_folder(comfyui, files):
+    """Even if everything is loaded again, as after a restart."""
+    advanced = {"lr_schedule": "constant", "sample_every": 0}
+    run(comfyui, training(files.core(), "tests/resumed", steps=1, **advanced))
+    comfyui.ask("/free", {"unload_models": True, "free_memory": True})
+    time.sleep(0.5)
+    outcome = run(comfyui, training(files.core(), "tests/resumed", steps=2, **advanced))
+    assert "1" not in outcome.cached
+    (folder,) = comfyui.output.glob("tests/resumed_*")
+    steps = [json.loads(line)["step"] for line in (folder / "log.jsonl").read_text().splitlines()]
+    assert steps == [0, 1, 2]
+
+
+def test_a_cancelled_training_leaves_the_model_usable(comfyui, files):
+    def frames(negative: str) -> np.ndarray:  # at guidance 1 the negative is unused, but avoids the cache
+        return pictures(comfyui, run(comfyui, sampled(files, ["s", 0], 1.0, negative)))
+
+    before, weights = frames(""), weights_of(comfyui, files)
+    status, answer = comfyui.queue(training(files.core(), "tests/cancelled", steps=10_000, lr_schedule="constant"))
+    assert status == 200, answer
+    deadline = time.monotonic() + 60
+    while not any(p.read_text().count("\n") >= 2 for p in comfyui.output.glob("tests/cancelled_*/log.jsonl")):
+        assert time.monotonic() < deadline, comfyui.log.read_text()[-2000:]
+        time.sleep(0.1)
+    comfyui.ask("/interrupt", {})
+    assert comfyui.wait(answer["prompt_id"]).interrupted
+    assert list(comfyui.output.glob("tests/cancelled_*/checkpoint-*.safetensors"))
+    assert np.array_equal(frames("again"), before)
+    assert weights_of(comfyui, files) == weights
+
+
+def test_from_a_picture_of_core_to_a_video_of_core(comfyui, files):
+    folder = comfyui.base / "input"
+    Image.new("RGB", (40, 24), (250, 20, 20)).save(folder / "red.png")
+    results = []
+    for load in (files.core("i2v", 5.0, clip_vision=["p", 0]), files.ours("i2v", clip_vision="native.safetensors")):
+        graph = graphs.generate(prompt=PROMPT, steps=2, guidance_scale=GUIDANCE, start_image=["2", 0], **SIZE) | load
+        graph["2"] = {"class_type": "LoadImage", "inputs": {"image": "red.png"}}
+        graph["5"] = {"class_type": "CreateVideo", "inputs": {"images": ["3", 0], "fps": ["3", 1]}}
+        saved = {"video": ["5", 0], "filename_prefix": "v", "format": "auto", "codec": "auto"}
+        graph["6"] = {"class_type": "SaveVideo", "inputs": saved}
+        outcome = run(comfyui, graph)
+        assert any(file.suffix == ".mp4" for file in comfyui.files(outcome))
+        results.append(pictures(comfyui, outcome))
+    assert np.array_equal(*results)
+
+
+def test_two_experts(comfyui, files):
+    native = files.core(model_low=["m2", 0], shift=12.0)
+    native["m2"] = {"class_type": "UNETLoader",
+                    "inputs": {"unet_name": "native_low.safetensors", "weight_dtype": "default"}}  # fmt: skip
+    own = painted(comfyui, files.ours(diffusion_low="native_low.safetensors"))
+    assert np.array_equal(painted(comfyui, native), own)
+    assert not np.array_equal(own, painted(comfyui, files.core(shift=12.0)))
+    native["s2"] = {"class_type": "ModelSamplingSD3", "inputs": {"model": ["m2", 0], "shift": 5.0}}
+    native["1"]["inputs"]["model_low"] = ["s2", 0]
+    assert "have the shifts 5.0 and 12.0; give both the same" in refusal(comfyui, native)
+
+
+def test_the_model_of_48_channels(comfyui, files):
+    native = painted(comfyui, files.core("ti2v", 5.0, "vae_22"))
+    assert np.array_equal(native, painted(comfyui, files.ours("ti2v", "vae_22")))
+
+
+def test_scores_frames_that_core_decoded(comfyui, files):
+    graph = sampled(files, ["s", 0])
+    graph["r"] = graphs.node("LoadReward", name="tiny_clip", path="")
+    graph["x"] = graphs.node("ScoreFrames", reward=["r", 0], images=["i", 0], prompt=PROMPT, every_frame=False)
+    outcome = run(comfyui, graph)
+    assert re.search(r"\d\.\d", str(outcome.outputs["x"]["text"]))
+
+
+def refusal(comfyui, load: dict) -> str:
+    outcome = comfyui.run(graphs.generate(prompt=PROMPT, steps=1, **SIZE) | load)
+    assert outcome.status == "error"
+    assert "Traceback" not in outcome.message
+    return outcome.message
+
+
+def test_what_cannot_be_taken_over_is_said(comfyui, files):
+    assert "the MODEL cannot be used: it takes 52 input channels" in refusal(comfyui, files.core("control"))
+    assert "belong to different models" in refusal(comfyui, files.core(vae="vae_22"))
+    graph = files.core()
+    other = {"model": ["m", 0], "sampling": "v_prediction", "sigma_max": 120.0, "sigma_min": 0.002}
+    graph["s"] = {"class_type": "ModelSamplingContinuousEDM", "inputs": other}
+    assert "only ModelSamplingSD3 is supported" in refusal(comfyui, graph)
+    graph["s"] = {"class_type": "RescaleCFG", "inputs": {"model": ["m", 0], "multiplier": 0.7}}
+    outcome = run(comfyui, graphs.generate(prompt=PROMPT, steps=1, **SIZE) | graph)
+    assert "model: not taken over, for it acts in ComfyUI's sampler alone: sampler_cfg_function" in str(outcome.outputs)
