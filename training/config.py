@@ -19,6 +19,7 @@ from .view import FrameChoice, LatentChoice, View
 
 Schedule = Literal["constant", "linear", "cosine"]
 SaveType = Literal["bfloat16", "float16", "float32"]
+TrackerName = Literal["tensorboard", "wandb"]
 
 FREE_TO_CHANGE = (
     "steps",
@@ -28,6 +29,7 @@ FREE_TO_CHANGE = (
     "sample_count",
     "max_skipped",
     "save_dtype",
+    "trackers",
     "memory",
     "shard",
     "guards",
@@ -122,6 +124,9 @@ class TrainConfig:
         sample_count: How many fixed prompts an evaluation samples.
         max_skipped: The run stops after this many steps in a row without a finite reward and gradient.
         save_dtype: Number type of the saved LoRA.
+        trackers: Where curves and sampled clips go besides the run's own log and report: tensorboard (event files in
+            the run's folder), wandb (Weights & Biases; offline with WANDB_MODE=offline), or both. Their packages must
+            be installed.
 
     Raises:
         ValueError: A value outside its range, with the range.
@@ -178,6 +183,7 @@ class TrainConfig:
     sample_count: int = 4
     max_skipped: int = 10
     save_dtype: SaveType = "bfloat16"
+    trackers: tuple[TrackerName, ...] = ()
 
     def __post_init__(self) -> None:
         at_least = {
@@ -215,6 +221,8 @@ class TrainConfig:
         for name, kind in choices.items():
             if getattr(self, name) not in get_args(kind):
                 raise ValueError(f"{name} must be one of {', '.join(get_args(kind))}, got {getattr(self, name)!r}")
+        if unknown := set(self.trackers) - set(get_args(TrackerName)):
+            raise ValueError(f"trackers must be among {', '.join(get_args(TrackerName))}, got {min(unknown)!r}")
         if self.shard and (self.float8 or self.memory == "offload"):
             other = "float8" if self.float8 else "memory: offload"
             raise ValueError(f"shard and {other} are two ways to store the base model; choose one")
@@ -314,6 +322,8 @@ def _build(cls: type, data: dict[str, Any]) -> Any:
             value = _build(nested[name], value)
         elif isinstance(value, (list, tuple)):
             value = tuple(map(float, value) if known[name].type == "tuple[float, float]" else value)
+        elif isinstance(value, str) and known[name].type.startswith("tuple["):
+            value = tuple(part.strip() for part in value.split(",") if part.strip())
         elif isinstance(value, (str, int)) and known[name].type in ("float", "float | None"):
             value = float(value)  # YAML reads 1e-5 as text, and 8 must give the fingerprint of 8.0
         values[name] = value

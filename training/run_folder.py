@@ -34,6 +34,11 @@ def best_path(path: Path) -> Path:
     return path.with_stem(f"{path.stem}_best")
 
 
+def sample_path(folder: Path, index: int, step: int) -> Path:
+    """Where the video of an evaluation's clip goes."""
+    return folder / "samples" / f"{index:02d}-step-{step:06d}.mp4"
+
+
 class RunFolder:
     """Files of one run: ``log.jsonl``, ``config.json``, ``reward.png``, ``report.html``, ``samples`` and the LoRAs.
 
@@ -136,7 +141,7 @@ class RunFolder:
     def write_samples(self, step: int, frames: Tensor, fps: int) -> None:
         """The first :data:`SHOWN` clips of ``[N, 3, T, H, W]`` as videos, and previews of some for the report."""
         for index, clip in enumerate(frames[:SHOWN]):
-            path = write_video(self.path / "samples" / f"{index:02d}-step-{step:06d}.mp4", clip, fps)
+            path = write_video(sample_path(self.path, index, step), clip, fps)
             if index < PREVIEWS:
                 write_preview(path.with_suffix(".webp"), clip, fps)
 

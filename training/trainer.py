@@ -34,6 +34,7 @@ from .run_folder import RunFolder, best_path
 from .run_sweep import sweep_run
 from .seeds import draw_prompts, seed_for
 from .start import begin_from
+from .trackers import Trackers, check_installed, tracked
 
 log = logging.getLogger(__name__)
 
@@ -108,6 +109,8 @@ class Trainer:
         self._watch: Guards | None = None
         self._device = _indexed(torch.device(device)) if device is not None else model.device
         self._learner = Learner(model, reward, c, tick, self._device, cache)
+        check_installed(c.trackers)
+        self._trackers = Trackers()
         self._begun: dict[str, Tensor] = {}  # latents at the first trained step, of batches that are used again
         self._sigmas = model.sigmas(c.sampler_steps)
         self._trainable = self._trainable_steps()
@@ -189,6 +192,9 @@ class Trainer:
             self._group.gather(progress.step)  # nobody writes before everybody has read
             if leads:
                 self.files.open(progress.step, c.to_dict(), [sample.prompt for sample in self.samples])
+                self._trackers = undo.enter_context(
+                    tracked(c.trackers, self.folder, c.to_dict(), progress.step, self.model.spec.fps)
+                )
                 for path in self.kept_paths if guards.best is None else ():
                     path.unlink()  # of an earlier run
 
@@ -204,6 +210,7 @@ class Trainer:
                         missed, saved_at = self._evaluate(progress.step, guards, adapters), -1
                     if missed:
                         self.files.amend(missed)
+                        self._trackers.evaluation(missed, progress.step)
                 while progress.step < c.steps and not guards.stopped:
                     event = self._step(progress, adapters, parameters, optimizer, guards)
                     if c.evaluates_after(progress.step):
@@ -361,7 +368,10 @@ class Trainer:
         return evaluation
 
     def _logged(self, event: StepEvent) -> StepEvent:
-        return self.files.add(event) if self._group.leads else event
+        if self._group.leads:
+            self.files.add(event)
+            self._trackers.step(event)
+        return event
 
     def _inject(self, undo: ExitStack) -> dict[str, Adapter]:
         """A fresh LoRA in every network to be trained; ``undo`` takes them out again."""
