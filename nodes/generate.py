@@ -14,7 +14,7 @@ from .types import LoadedModel, VideoModelType
 class GenerateVideo(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
-        default = " 0 takes the model's default."
+        default = "0 takes the model's default."
         return io.Schema(
             node_id="RewardLoraGenerateVideo",
             display_name="Generate Video",
@@ -27,7 +27,7 @@ class GenerateVideo(io.ComfyNode):
                     "prompt",
                     multiline=True,
                     default="a red circle moves right on a blue background",
-                    tooltip="What the video shall show.",
+                    tooltip="What the video shall show; 'each' of Prompts paints one video a prompt.",
                 ),
                 io.String.Input("negative", multiline=True, default="", tooltip="What guidance leads away from."),
                 io.Int.Input(
@@ -36,25 +36,26 @@ class GenerateVideo(io.ComfyNode):
                     min=0,
                     max=2**64 - 1,
                     control_after_generate=True,
-                    tooltip="Source of the noise.",
+                    tooltip="Source of the noise, 0 to 2^64 - 1.",
                 ),
-                io.Int.Input("width", default=0, min=0, max=4096, step=8, tooltip="Pixels." + default),
-                io.Int.Input("height", default=0, min=0, max=4096, step=8, tooltip="Pixels." + default),
+                io.Int.Input("width", default=0, min=0, max=4096, step=8, tooltip=f"Pixels, up to 4096. {default}"),
+                io.Int.Input("height", default=0, min=0, max=4096, step=8, tooltip=f"Pixels, up to 4096. {default}"),
                 io.Int.Input(
                     "frames",
                     default=0,
                     min=0,
                     max=1024,
-                    tooltip="How many; most models want 4n+1." + default,
+                    tooltip=f"How many, up to 1024; most models want 4n+1. {default}",
                 ),
-                io.Int.Input("steps", default=0, min=0, max=1000, tooltip="Solver steps." + default),
+                io.Int.Input("steps", default=0, min=0, max=1000, tooltip=f"Solver steps, up to 1000. {default}"),
                 io.Float.Input(
                     "guidance_scale",
                     default=0.0,
                     min=0.0,
                     max=30.0,
                     step=0.1,
-                    tooltip="Classifier-free guidance; 1 turns it off." + default,
+                    display_mode=io.NumberDisplay.slider,
+                    tooltip=f"Classifier-free guidance, 1 to 30; 1 turns it off. {default}",
                 ),
                 io.Image.Input(
                     "start_image", optional=True, tooltip="First frame, for models that begin with an image."
@@ -86,15 +87,15 @@ class GenerateVideo(io.ComfyNode):
         end_image: Tensor | None = None,
     ) -> io.NodeOutput:
         model = video_model.model
-        total = (steps or model.spec.steps) + 3  # text, the denoiser's arrival, solver steps, decode
-        progress, done = Progress(total, cls.hidden.unique_id), 0
+        steps = steps or model.spec.steps
+        progress, calls = Progress(steps + 3, cls.hidden.unique_id), []  # text, the denoiser's arrival, steps, decode
 
         def tick(phase: str) -> None:
-            nonlocal done
-            progress.show(done)
-            done += 1
+            step = calls.count("rollout")
+            progress.show(len(calls), text=f"solver step {step} of {steps}" if phase == "rollout" and step else phase)
+            calls.append(phase)
 
-        with engine(), placed(model, tick) as placing, applied(model, video_model.uses):
+        with engine(), progress, placed(model, tick) as placing, applied(model, video_model.uses):
             clip = sample_prompt(
                 model,
                 prompt,
@@ -109,5 +110,5 @@ class GenerateVideo(io.ComfyNode):
                 end_image=to_still(end_image),
                 tick=placing,
             )
-        progress.show(total)
+        progress.show(steps + 3)
         return io.NodeOutput(to_images(clip), float(model.spec.fps))

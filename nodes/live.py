@@ -14,6 +14,8 @@ from ..training.events import Evaluation, StepEvent
 from ..training.trainer import Trainer
 from .bridge import Progress
 
+PHASES = {"text": "encoding prompts", "decode": "decoding", "reward": "judging"}
+"""How the engine's phases are called here, where that is not their own name."""
 REMEMBERED = 20
 """Steps whose mean time tells how long the rest will take."""
 
@@ -75,7 +77,7 @@ class LiveTraining(Progress):
         count = max(0, self._count - (2 if phase == "rollout" else 1))  # the first rollout call is no solver step yet
         at = f" {count % of + 1} of {of}" if of else ""
         done = self._step * self._a_step + min(self._made, self._a_step - 1)
-        return done, None, f"{where}, {phase}{at}{self._so_far()}"
+        return done, None, f"{where}, {PHASES.get(phase, phase)}{at}{self._so_far()}"
 
     def _so_far(self) -> str:
         """Rewards and times as measured up to now."""

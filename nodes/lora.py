@@ -39,6 +39,7 @@ def strength_input() -> io.Float.Input:
         min=low,
         max=high,
         step=0.05,
+        display_mode=io.NumberDisplay.slider,
         tooltip="How strongly, -2 to 2: 0 leaves the model as it is, 1 is as trained, below 0 is the opposite.",
     )
 

@@ -27,7 +27,7 @@ HELD_OUT = 3
 class SweepLoraStrength(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
-        default = " 0 takes the model's default."
+        default = "0 takes the model's default."
         others = [
             RewardType.Input(
                 f"held_out_{number}",
@@ -76,6 +76,7 @@ class SweepLoraStrength(io.ComfyNode):
                     min=0.0,
                     max=1.0,
                     step=0.05,
+                    display_mode=io.NumberDisplay.slider,
                     tooltip="Share of the base model's motion that must be left, 0 to 1. No strength beyond the first "
                     "that falls below it is recommended.",
                 ),
@@ -107,18 +108,24 @@ class SweepLoraStrength(io.ComfyNode):
                     optional=True,
                     tooltip="Videos painted together, 1 to 256; more are faster and need more memory.",
                 ),
-                io.Int.Input("width", default=0, min=0, max=4096, step=8, optional=True, tooltip="Pixels." + default),
-                io.Int.Input("height", default=0, min=0, max=4096, step=8, optional=True, tooltip="Pixels." + default),
-                io.Int.Input("frames", default=0, min=0, max=1024, optional=True, tooltip="How many." + default),
-                io.Int.Input("steps", default=0, min=0, max=1000, optional=True, tooltip="Solver steps." + default),
+                *(
+                    io.Int.Input(name, default=0, min=0, max=most, step=step, optional=True, tooltip=about + default)
+                    for name, most, step, about in (
+                        ("width", 4096, 8, "Pixels, up to 4096. "),
+                        ("height", 4096, 8, "Pixels, up to 4096. "),
+                        ("frames", 1024, 1, "How many, up to 1024. "),
+                        ("steps", 1000, 1, "Solver steps, up to 1000. "),
+                    )
+                ),
                 io.Float.Input(
                     "guidance_scale",
                     default=0.0,
                     min=0.0,
                     max=30.0,
                     step=0.1,
+                    display_mode=io.NumberDisplay.slider,
                     optional=True,
-                    tooltip="Classifier-free guidance, 1 to 30; 1 turns it off." + default,
+                    tooltip=f"Classifier-free guidance, 1 to 30; 1 turns it off. {default}",
                 ),
                 io.String.Input(
                     "prefix",
@@ -191,7 +198,7 @@ class SweepLoraStrength(io.ComfyNode):
             )
             use = LoraUse(chosen(lora_file, lora), 1.0)
             matched = use.check(model)
-            progress = Progress(len(config.strengths), cls.hidden.unique_id)
+            progress = stack.enter_context(Progress(len(config.strengths), cls.hidden.unique_id))
             for reward in (judge, *filter(None, given)):
                 stack.enter_context(on_device(reward=reward.reward))
             tick = stack.enter_context(placed(model, progress))

@@ -65,7 +65,7 @@ class ScoreFrames(io.ComfyNode):
         reference: Tensor | None = None,
     ) -> io.NodeOutput:
         judge, tick = reward.reward, Progress(1, cls.hidden.unique_id)
-        with engine(), on_device(reward=judge):
+        with engine(), tick, on_device(reward=judge):
             scored = score_clip(
                 judge, to_frames(images), prompt, reference=_frames(reference), every_frame=every_frame, tick=tick
             )
@@ -219,7 +219,7 @@ def _score_all(
     """Every clip by itself: their sizes and lengths may differ."""
     progress, shown = Progress(len(clips), node), _frames(reference[0] if reference else None)
     scored = []
-    with on_device(reward=reward.reward):
+    with progress, on_device(reward=reward.reward):
         for clip, prompt in zip(clips, prompts, strict=True):
             scored.append(score_clip(reward.reward, to_frames(clip), prompt, reference=shown, tick=progress))
             progress.show(len(scored))

@@ -15,7 +15,10 @@ import urllib.request
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
 import pytest
+
+from .listen import Listener
 
 ROOT = Path(__file__).resolve().parents[2]
 START_SECONDS, RUN_SECONDS = 180, 180
@@ -73,11 +76,12 @@ class ComfyUI:
         base: Its base directory, with ``output`` and ``models`` in it.
         log: What it prints.
         hub: The port at which it looks for the Hugging Face Hub; nobody listens there but a test that wants to.
+        process: Its number.
     """
 
-    def __init__(self, port: int, base: Path, log: Path, hub: int) -> None:
+    def __init__(self, port: int, base: Path, log: Path, hub: int, process: int) -> None:
         self.url, self.base, self.log, self.hub = f"http://127.0.0.1:{port}", base, log, hub
-        self.output = base / "output"
+        self.port, self.output, self._process = port, base / "output", psutil.Process(process)
 
     def ask(self, path: str, data: dict | None = None) -> tuple[int, dict]:
         body = None if data is None else json.dumps(data).encode()
@@ -89,8 +93,24 @@ class ComfyUI:
             status, text = error.code, error.read()
         return status, json.loads(text) if text.strip().startswith((b"{", b"[")) else {}
 
-    def queue(self, graph: dict) -> tuple[int, dict]:
-        return self.ask("/prompt", {"prompt": graph})
+    def queue(self, graph: dict, client: str = "") -> tuple[int, dict]:
+        return self.ask("/prompt", {"prompt": graph, **({"client_id": client} if client else {})})
+
+    def memory(self) -> int:
+        """Resident bytes of the server."""
+        return self._process.memory_info().rss
+
+    def free(self) -> None:
+        """What the button "Free model and node cache" does."""
+        self.ask("/free", {"unload_models": True, "free_memory": True})
+        time.sleep(2)  # the server looks at its flags once a second
+
+    def watch(self, graph: dict) -> tuple[Outcome, Listener]:
+        """Run a graph, and hear what a browser would."""
+        with Listener(self.port, "watcher") as listener:
+            status, answer = self.queue(graph, "watcher")
+            assert status == 200, answer
+            return self.wait(answer["prompt_id"]), listener
 
     def wait(self, prompt_id: str) -> Outcome:
         deadline = time.monotonic() + RUN_SECONDS
@@ -145,7 +165,8 @@ def comfyui(tmp_path_factory):
     for name in ("custom_nodes", "user", "output", "temp", "input", "models/loras"):
         (base / name).mkdir(parents=True)
     link_folder(base / "custom_nodes" / "reward-lora", ROOT)
-    shutil.copy(Path(__file__).with_name("helper_nodes.py"), base / "custom_nodes")
+    for helper in Path(__file__).parent.glob("helper_*.py"):
+        shutil.copy(helper, base / "custom_nodes")
     elsewhere = base.parent / "elsewhere"
     elsewhere.mkdir()
     link_folder(elsewhere / "my_wan", ROOT / "assets" / "tiny_wan")
@@ -165,7 +186,7 @@ def comfyui(tmp_path_factory):
             [str(part) for part in command], stdout=sink, stderr=subprocess.STDOUT, env=environment, cwd=folder
         )
     try:
-        server = ComfyUI(port, base, log, hub)
+        server = ComfyUI(port, base, log, hub, process.pid)
         deadline = time.monotonic() + START_SECONDS
         while True:
             try:
