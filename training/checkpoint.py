@@ -30,7 +30,6 @@ class Progress:
         devices: Processes that trained together last.
         memory: The memory plan in force, which a step that ran out of memory may have made smaller; empty at first.
         guards: The state of the guards, see :class:`.guards.Guards`.
-        processes: How many made the last step together.
     """
 
     step: int = 0
@@ -39,7 +38,6 @@ class Progress:
     devices: int = 1
     memory: str = ""
     guards: dict[str, Any] = field(default_factory=dict)
-    processes: int = 1
 
 
 @dataclass(frozen=True)

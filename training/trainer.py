@@ -175,21 +175,20 @@ class Trainer:
             )
             average = Average(parameters, c.ema)
             state = (self._identity, parameters, average.values, optimizer, self.reward, self._begun)
-            progress = load_latest(self.folder, *state) or Progress(processes=self._group.size)
-            if progress.processes != self._group.size and leads:
-                log.warning(
-                    "this run was made by %s so far and goes on with %s: from step %d on its prompts and noise are "
-                    "other ones than they would have been, %d videos a step",
-                    *(f"{n} process{'es'[: 2 * (n > 1)]}" for n in (progress.processes, self._group.size)),
-                    progress.step + 1, self.videos_a_step,
-                )  # fmt: skip
-            progress.processes = self._group.size
+            progress = load_latest(self.folder, *state) or Progress()
             optimizer.register_step_post_hook(lambda *_: average.update(progress.step - progress.skipped))
             if progress.memory and c.memory == "auto":
                 self._learner.adopt(plan_for(progress.memory, self.model))
             guards = self._watch = self._guards(progress)
             saved_at = progress.step if list_checkpoints(self.folder) else -1
             self._group.gather(progress.step)  # nobody writes before everybody has read
+            if progress.step and leads and progress.devices != self._group.size:
+                log.warning(
+                    "the first %d steps were made with %d processes and the next ones are with %d, so each has %d "
+                    "videos: not the steps that an uninterrupted run would have made",
+                    progress.step, progress.devices, self._group.size, self._group.size * c.accumulation * c.batch_size,
+                )  # fmt: skip
+            progress.devices = self._group.size
             if leads:
                 self.files.open(progress.step, c.to_dict(), [sample.prompt for sample in self.samples])
                 self._trackers = undo.enter_context(
