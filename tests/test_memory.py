@@ -4,9 +4,15 @@ from dataclasses import replace
 
 import pytest
 import torch
+from reward_lora.benchmarks.allocated import peak_bytes
+from reward_lora.lora.adapter import inject_new
 from reward_lora.selfcheck import exactness
+from reward_lora.training.gradient import Walk, replay, rollout
+from reward_lora.training.judge import Objective, View, judge
 from reward_lora.training.memory import PLANS, MemoryPlan, Placement, checkpointed_blocks, plan_for, smaller
+from reward_lora.training.schedule import BackpropSchedule
 from reward_lora.training.trainer import Trainer
+from reward_lora.video_models.wan import WanModel
 
 PROMPTS = ["one", "two", "three"]
 
@@ -87,6 +93,50 @@ def test_auto_checkpoints_large_models_alone(wan, monkeypatch):
     assert smaller(plan_for("offload", wan)) is None
     with pytest.raises(ValueError, match="memory must be one of auto, fast, balanced, small, offload, got 'tiny'"):
         plan_for("tiny", wan)
+
+
+SHAPE, STEPS = (4, 3, 12, 12), 9
+
+
+@pytest.fixture(scope="module")
+def step_of():
+    """One training step with K trained solver steps, or one autograd graph of it, on a small Wan."""
+    from diffusers import WanTransformer3DModel
+
+    torch.manual_seed(0)
+    tiny = exactness.tiny_wan(dtype=torch.float32)
+    network = WanTransformer3DModel(num_attention_heads=2, attention_head_dim=48, in_channels=4, out_channels=4,
+                                    text_dim=8, freq_dim=32, ffn_dim=384, num_layers=3)  # fmt: skip
+    model = WanModel(tiny.spec, network, tiny.vae)
+    adapter = inject_new(network, ("all-linear",), rank=4, alpha=4.0, seed=1)
+    text = torch.ones(4, 8)
+    walk = Walk(model, model.conditioning([text], [text * 0], SHAPE), 3.0)
+    noise, reward, objective = model.initial_latents(SHAPE, [1]), exactness.ToyReward(), Objective()
+
+    def step(trained, one_graph=False, checkpointed=False):
+        plan = BackpropSchedule("tail", trained).draw(model.sigmas(STEPS), 0)
+        for parameter in adapter.parameters().values():
+            parameter.grad = None
+        with checkpointed_blocks(model, checkpointed):
+            if one_graph:
+                exactness.one_graph(walk, noise, plan, reward, objective, 1.0)
+                return
+            final, kept = rollout(walk, noise, plan)
+            verdict = judge(walk, final, reward, [""], objective, View(0))
+            replay(walk, kept, plan, verdict.gradient)
+
+    return step
+
+
+def test_the_peak_of_a_step_does_not_depend_on_how_many_solver_steps_are_trained(step_of):
+    peaks = {trained: peak_bytes(lambda k=trained: step_of(k)) for trained in (1, 2, 4, 8, STEPS)}
+    assert max(peaks.values()) <= 1.02 * min(peaks.values())
+
+
+@pytest.mark.parametrize("checkpointed", [False, True])
+def test_the_peak_of_a_step_is_a_fraction_of_one_graphs(step_of, checkpointed):
+    graph = peak_bytes(lambda: step_of(8, one_graph=True, checkpointed=checkpointed))
+    assert peak_bytes(lambda: step_of(8, checkpointed=checkpointed)) <= 0.3 * graph
 
 
 class Moves:
