@@ -1,4 +1,4 @@
-"""Every recipe names what exists, and trains two steps on a tiny checkpoint of its model's family."""
+"""Every recipe names what exists, and trains three steps on a tiny checkpoint of its model's family."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def test_a_recipe_names_a_known_model_and_reward(name):
 
 
 @pytest.mark.parametrize("name", RECIPES)
-def test_a_recipe_trains_two_steps_on_its_family(name, model_of, tmp_path):
+def test_a_recipe_trains_three_steps_on_its_family(name, model_of, tmp_path):
     """With its schedule, targets, experts, guidance and objective. Other than there: the model is tiny and random, the
     video small and short, a toy reward stands for the judge's weights, the solver makes 10 steps at most, one batch of
     one video is a step, and the LoRA has rank 2."""
@@ -85,14 +85,14 @@ def test_a_recipe_trains_two_steps_on_its_family(name, model_of, tmp_path):
     model, (width, height, frames) = model_of(recipe["model"])
     published = TrainConfig.from_dict(recipe["config"])
     config = replace(
-        published, steps=2, batch_size=1, accumulation=1, rank=2, width=width, height=height, frames=frames,
+        published, steps=3, batch_size=1, accumulation=1, rank=2, width=width, height=height, frames=frames,
         sampler_steps=min(published.sampler_steps, 10), sample_every=0, save_dtype="float32",
     )  # fmt: skip
     image = torch.rand(3, 1, height, width, generator=torch.Generator().manual_seed(0))
     example = Example("a red circle", start_image=image) if recipe["reward"] == "face" else "a red circle"
     trainer = Trainer(model, ToyReward(), [example], config, tmp_path / "run")
     events = list(trainer)[1:]
-    assert [event.skipped for event in events] == ["", ""]
+    assert [event.skipped for event in events] == ["", "", ""]
     assert all(event.grad_norm > 0 for event in events)
     assert set(trainer.lora_paths) == set(config.experts or model.spec.experts)
     for path in trainer.lora_paths.values():
