@@ -41,7 +41,7 @@ class LiveTraining(Progress):
 
     def __call__(self, phase: str) -> None:
         self._count = self._count + 1 if phase == self._phase else 1
-        self._made += not self._evaluating
+        self._made += phase != "text" and not self._evaluating
         super().__call__(phase)
 
     def follow(self, event: StepEvent, picture: np.ndarray | None) -> None:

@@ -35,7 +35,7 @@ def _schema(node_id: str, name: str, about: str, kind, widgets: Mapping[str, Wid
         category="Reward LoRA/training/settings",
         description=f"{about} Connect it to Train Reward LoRA, where it counts instead of the widgets of the same "
         "name; what stands under 'advanced' there counts most.",
-        inputs=train_widgets.inputs(widgets, train_widgets.short_id),
+        inputs=train_widgets.inputs(widgets, train_widgets.short_id, optional=True),
         outputs=[kind.Output("settings", display_name="settings", tooltip="For Train Reward LoRA.")],
     )
 

@@ -108,7 +108,12 @@ class TrainRewardLora(io.ComfyNode):
                 ),
             ],
             outputs=[
-                LoraType.Output("lora", display_name="lora", tooltip="For Apply and Save Reward LoRA."),
+                LoraType.Output(
+                    "lora",
+                    display_name="lora",
+                    tooltip="For Apply and Save Reward LoRA: the last, or that of the best evaluation if the last one "
+                    "was bad.",
+                ),
                 io.Image.Output("reward_curve", display_name="reward_curve", tooltip="The reward over the steps."),
                 io.Image.Output(
                     "before",

@@ -117,9 +117,9 @@ class TrainingRun:
             )
             trainer.live = progress
             made, seconds, skipped = self._follow(trainer, progress)
-            paths = list(trainer.lora_paths.values())
-            if self._stop() and trainer.kept_paths:  # what came after the best step is what the run was stopped for
-                paths, self.last = trainer.kept_paths, None
+            paths = trainer.result_paths
+            if paths != list(trainer.lora_paths.values()):
+                self.last = None  # that of the best step is painted instead
             loras = [read_lora(path).in_memory() for path in paths]
             before, after = self._clips(trainer, loras)
         curve, picture = trainer.files.curve(), self._picture(trainer, f"step {config.steps}", before, after)

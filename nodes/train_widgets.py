@@ -32,7 +32,8 @@ class Number:
 
     def input(self, name: str, default: Any, about: dict[str, Any], kind: Any) -> io.Input:
         number = io.Float if float in (kind, *get_args(kind)) else io.Int
-        about["tooltip"] += f" {self.low:g} to {self.high:g}." if name != "seed" else " 0 to 2^64 - 1."
+        high = "2^64 - 1" if self.high == 2**64 - 1 else f"{self.high:g}"
+        about["tooltip"] = f"{about['tooltip'].rstrip('.')} ({self.low:g} to {high})."
         low = self.low
         if default is None:
             default, low = UNSET, UNSET
@@ -176,8 +177,8 @@ GUARDS: dict[str, Widget] = {
     "sweep": Switch(),
     "motion_guard": Number(0.0, 1000.0, 0.1),
     "augment": Number(0, 64, 1),
-    "anchor": Number(0.0, 1e6, 0.001),
-    "anchor_target": Number(0.0, 1e6, 0.001),
+    "anchor": Number(0.0, 1000.0, 0.001),
+    "anchor_target": Number(0.0, 1000.0, 0.001),
     "anchor_by_sigma": Switch(),
 }
 
@@ -195,6 +196,7 @@ OPTIMIZER: dict[str, Widget] = {
     "experts": Text(names, "networks such as high, low"),
     "keep_checkpoints": Number(1, 1000, 1),
     "max_skipped": Number(1, 1000, 1),
+    "trackers": Text(names, "tensorboard, wandb"),
 }
 
 NESTED = {"backprop": BackpropSchedule, "objective": Objective}

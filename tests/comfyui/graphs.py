@@ -54,12 +54,13 @@ def score(reward: str = "tiny_clip", prompt: str = PROMPT) -> dict:
 
 
 def train(**changes) -> dict:
-    """Nodes of the training workflow without its previews: model, reward, training."""
+    """Nodes of the training workflow without its previews and without the strengths at its end."""
     graph = copy.deepcopy(workflow("train_reward_lora"))
     kept = {k: n for k, n in graph.items() if n["class_type"].startswith("RewardLora")}
     kept = {k: n for k, n in kept.items() if "Save" not in n["class_type"]}
     for each in kept.values():
         if each["class_type"] == "RewardLoraTrainRewardLora":
+            each["inputs"]["advanced"] += "\nsweep: false"
             each["inputs"] |= {"prefix": "tests/run"} | changes
     return kept
 
