@@ -6,6 +6,7 @@ import json
 import re
 import time
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 
 import numpy as np
@@ -42,6 +43,7 @@ DIFFUSION = {
     "control": NATIVE | {"in_dim": 52},
 }
 SHIFT, STEPS, SEED, GUIDANCE = 3.0, 4, 7, 2.0
+NUMBERS = count()
 PROMPT = "a red circle moves right"
 LEVEL = 1.5 / 255
 """Of a saved picture, where rounding may go either way."""
@@ -127,6 +129,9 @@ def clip_vision() -> dict[str, Tensor]:
 
 
 def run(comfyui, graph: dict):
+    for node in graph.values():
+        if node["class_type"] == "SaveImage":  # what has been saved before would not be listed
+            node["inputs"]["filename_prefix"] = f"frames/{next(NUMBERS)}"
     outcome = comfyui.run(graph)
     assert outcome.status == "success", outcome.message
     return outcome
