@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,7 +16,7 @@ from ..reward_models import load_reward
 from ..reward_models.protocol import Reward
 from ..reward_models.spelling import parse
 from ..training.examples import Example, read_examples
-from ..video_models import BUILTIN, load_video_model
+from ..video_models import BUILTIN, ModelFiles, load_video_model
 from ..video_models.protocol import VideoModel
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -37,18 +37,32 @@ def pick_device(name: str) -> str:
 
 
 def open_model(
-    name: str, *, dtype: str = "auto", device: str = "cpu", download: bool = False, text: bool = True
+    name: str | ModelFiles,
+    *,
+    dtype: str = "auto",
+    device: str = "cpu",
+    download: bool = False,
+    text: bool = True,
+    search: Sequence[str] = (),
 ) -> VideoModel:
-    """A model by its folder, or by its name in ``models/video_models``; a download shows its progress.
+    """A model by its folder, its files, or its name in ``models/video_models``; a download shows its progress.
+
+    A name is looked for in ``search`` first.
 
     Raises:
         WeightFileError: It is not there, or cannot be used.
     """
     from tqdm import tqdm
 
-    with tqdm(unit="B", unit_scale=True, desc=name, disable=not download, leave=False, delay=1) as bar:
+    with tqdm(unit="B", unit_scale=True, desc=str(name), disable=not download, leave=False, delay=1) as bar:
         return load_video_model(
-            name, dtype=dtype, device=device, text=text, search=[VIDEO_MODELS], download=download, progress=filling(bar)
+            name,
+            dtype=dtype,
+            device=device,
+            text=text,
+            search=[*search, VIDEO_MODELS],
+            download=download,
+            progress=filling(bar),
         )
 
 
@@ -87,7 +101,9 @@ def parse_lora(text: str) -> LoraUse:
     return LoraUse(lora, check_strength(strength), **where)
 
 
-def find_reward(text: str, path: Path | None, device: str, *, download: bool = False) -> Reward:
+def find_reward(
+    text: str, path: Path | None, device: str, *, download: bool = False, search: Sequence[Path] = ()
+) -> Reward:
     """A reward or a mixture of rewards, as :mod:`..reward_models.spelling` has it.
 
     Args:
@@ -96,6 +112,7 @@ def find_reward(text: str, path: Path | None, device: str, *, download: bool = F
             of a term is its own.
         device: Where it computes.
         download: Fetch files that are missing.
+        search: More folders in which to look for files.
 
     Raises:
         ValueError: It is not spelled well, not known, or its files are not there.
@@ -105,10 +122,10 @@ def find_reward(text: str, path: Path | None, device: str, *, download: bool = F
 
     def load(name: str, options: Mapping[str, str]) -> Reward:
         own = dict(options)
-        where, search = own.pop("path", shared), [path] if path else []
+        where, places = own.pop("path", shared), [*([path] if path else []), *search]
         if name.rpartition(":")[0].endswith(".py"):
             return _reward_of_ones_own(name)
-        return load_reward(name, where, device, options=own, search=search, download=download)
+        return load_reward(name, where, device, options=own, search=places, download=download)
 
     return spelling.load(load)
 

@@ -13,14 +13,17 @@ import torch
 import tyro
 from tyro.conf import UseAppendAction
 
-from ..lora.adapter import applied
 from ..training.checkpoint import list_checkpoints
 from ..training.config import TrainConfig
-from ..training.distributed import joined
+from ..training.distributed import joined, own_device
 from ..training.examples import read_examples
+from ..training.gradient import silent
+from ..training.job import Job, ModelSource, RewardSource
 from ..training.trainer import Trainer
+from ..training.workers import Workers
 from ..video_models import BUILTIN
-from .shared import DType, builtin_or_given, find_reward, open_model, parse_lora, pick_device, plain_name, read_recipe
+from .shared import DType, builtin_or_given, parse_lora, pick_device, plain_name, read_recipe
+from .worker import announcement, trainer_of
 
 
 @dataclass
@@ -47,6 +50,7 @@ class Train:
         recipe: A recipe's name or YAML file: settings that other flags then change. The built-in model has one.
         lora: LoRA to keep applied while training, PATH or PATH:STRENGTH; may be repeated.
         device: `auto`, `cpu`, `cuda`, `cuda:1`.
+        devices: How many GPUs, from the first, train together, each on videos of its own; on a CPU, processes.
         dtype: Number type of the frozen model.
         estimate: Say what memory the run would need, by phase and plan, and do not train.
         fresh: Begin anew although the folder holds a run; its checkpoints are deleted.
@@ -65,6 +69,7 @@ class Train:
     recipe: str = ""
     lora: UseAppendAction[tuple[str, ...]] = ()
     device: str = "auto"
+    devices: int = 1
     dtype: DType = "auto"
     estimate: bool = False
     fresh: bool = False
@@ -73,45 +78,63 @@ class Train:
     def run(self) -> int:
         from tqdm import tqdm
 
-        prompts = builtin_or_given(self.prompts, self.model)
-        sample_prompts = read_examples(self.sample_prompts) if self.sample_prompts else ()
-        folder = self.output_dir / plain_name(self.name)
-        uses = [parse_lora(text) for text in self.lora]
-        device = pick_device(self.device)
-        if device == "cuda" and "LOCAL_RANK" in os.environ:  # started by torchrun: one GPU a process
-            device = f"cuda:{os.environ['LOCAL_RANK']}"
-        reward = find_reward(self.reward, self.reward_path, "cpu")
-        model = open_model(self.model, dtype=self.dtype, download=self.download)
+        job = self._job()
         signal.signal(signal.SIGTERM, signal.default_int_handler)  # torchrun's and a scheduler's way to stop
-        with joined(device) as group, applied(model, uses) as reports:
+        if self.devices > 1 and not self.estimate:
+            workers = Workers(job, self.devices, say=tqdm.write)
+            if self.fresh:
+                delete_checkpoints(job.folder)
+            return self._train(workers, job)
+        device = own_device(job.device)
+        with joined(device) as group:
             if self.fresh and group.leads:
-                delete_checkpoints(folder)
-            say = print if group.leads else lambda _: None
-            for line in reports:
-                say(line)
-            trainer = Trainer(model, reward, prompts, self.config, folder, sample_prompts=sample_prompts, group=group,
-                              heldout=[find_reward(text, None, "cpu") for text in self.heldout],
-                              device=device, cache=self.output_dir / "text-cache")  # fmt: skip
-            if self.estimate:
-                say(trainer.estimate(_free(device)))
-                return 0
-            say(f"{trainer.config.steps} steps of {model.spec.name} towards {reward.name}, files in {folder}")
-            if group.size > 1:
-                batch = group.size * trainer.config.accumulation * trainer.config.batch_size
-                say(f"{group.size} processes, {batch} videos a step")
-            with tqdm(total=trainer.config.steps, unit="step", disable=not group.leads) as bar:
-                try:
-                    self._follow(trainer, bar)
-                except KeyboardInterrupt:
-                    bar.close()
-                    say(f"\nstopped; run the same command to go on. LoRA so far: {trainer.lora_path}")
-                    return 130
-        paths = ", ".join(map(str, trainer.lora_paths.values()))
-        say(f"LoRA: {paths}\nreport: {folder / 'report.html'}\nvideos: {folder / 'samples'}")
+                delete_checkpoints(job.folder)
+            say = print if group.leads else silent
+            with trainer_of(job, group, device, say=say) as trainer:
+                if self.estimate:
+                    say(trainer.estimate(_free(device)))
+                    return 0
+                for line in announcement(trainer, group):
+                    say(line)
+                return self._train(trainer, job, group.leads)
+
+    def _job(self) -> Job:
+        device = pick_device(self.device)
+        if self.devices > 1 and "WORLD_SIZE" in os.environ:
+            raise ValueError("torchrun has started several processes already; leave devices out")
+        if self.devices > 1 and device not in ("cpu", "cuda"):
+            raise ValueError(f"devices takes the first GPUs, not {device}; choose them by CUDA_VISIBLE_DEVICES")
+        return Job(
+            model=ModelSource(self.model, self.dtype, download=self.download),
+            reward=RewardSource(self.reward, str(self.reward_path or "")),
+            examples=builtin_or_given(self.prompts, self.model),
+            config=self.config,
+            folder=self.output_dir / plain_name(self.name),
+            samples=read_examples(self.sample_prompts) if self.sample_prompts else (),
+            heldout=[RewardSource(text) for text in self.heldout],
+            uses=[parse_lora(text) for text in self.lora],
+            device=device,
+            cache=self.output_dir / "text-cache",
+        )
+
+    def _train(self, run: Trainer | Workers, job: Job, leads: bool = True) -> int:
+        from tqdm import tqdm
+
+        say = print if leads else silent
+        with tqdm(total=job.config.steps, unit="step", disable=not leads) as bar:
+            try:
+                self._follow(run, bar)
+            except KeyboardInterrupt:
+                bar.close()
+                so_far = ", ".join(map(str, run.lora_paths.values())) or "none"
+                say(f"\nstopped; run the same command to go on. LoRA so far: {so_far}")
+                return 130
+        paths = ", ".join(map(str, run.lora_paths.values()))
+        say(f"LoRA: {paths}\nreport: {run.folder / 'report.html'}\nvideos: {run.folder / 'samples'}")
         return 0
 
-    def _follow(self, trainer: Trainer, bar: Any) -> None:
-        with closing(iter(trainer)) as events:
+    def _follow(self, run: Trainer | Workers, bar: Any) -> None:
+        with closing(iter(run)) as events:
             for event in events:
                 bar.n = event.step
                 bar.set_postfix_str(describe(event))

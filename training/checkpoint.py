@@ -27,7 +27,6 @@ class Progress:
         step: Steps made, skipped ones included.
         skipped: Steps skipped in all.
         skipped_in_a_row: Steps skipped since the last good one.
-        devices: Processes that trained together last.
         memory: The memory plan in force, which a step that ran out of memory may have made smaller; empty at first.
         guards: The state of the guards, see :class:`.guards.Guards`.
     """
@@ -35,7 +34,6 @@ class Progress:
     step: int = 0
     skipped: int = 0
     skipped_in_a_row: int = 0
-    devices: int = 1
     memory: str = ""
     guards: dict[str, Any] = field(default_factory=dict)
 

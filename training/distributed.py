@@ -8,6 +8,7 @@ among them (:mod:`.sharding`).
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,6 +22,9 @@ from .events import TrainingStopped
 
 PATIENCE = timedelta(hours=6)
 """How long a process waits for the others; the first one evaluates and saves while they do."""
+
+_TRANSPORT = re.compile(r"gloo/|NCCL")
+"""In the messages of both."""
 
 T = TypeVar("T")
 
@@ -108,10 +112,27 @@ def _together() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        raise PeerLost(
-            f"another process of this run has ended ({str(error).splitlines()[0]}); "
-            "what was learned is saved: start the same command again to go on"
-        ) from None
+        raise _alone(error) from None
+
+
+@contextmanager
+def told_when_alone() -> Iterator[None]:
+    """Around a whole run, whose networks may be shared too: raises :class:`PeerLost` when another process has ended."""
+    try:
+        yield
+    except TrainingStopped:
+        raise
+    except RuntimeError as error:
+        if not _TRANSPORT.search(str(error)):
+            raise
+        raise _alone(error) from None
+
+
+def _alone(error: RuntimeError) -> PeerLost:
+    return PeerLost(
+        f"another process of this run has ended ({str(error).splitlines()[0]}); "
+        "what was learned is saved: start the same command again to go on"
+    )
 
 
 @contextmanager

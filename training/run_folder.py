@@ -102,11 +102,17 @@ class RunFolder:
         self._config, self._prompts = config, list(prompts)
         for partial in self.path.rglob(".*.partial"):  # half-written when an earlier run was killed
             partial.unlink()
-        log = self.path / "log.jsonl"
-        lines = log.read_text(encoding="utf-8").splitlines() if log.exists() and step else []
-        self._log = [record for record in map(_json_or_none, lines) if record and record["step"] <= step]
+        if step:
+            self.read()
+        self._log = [record for record in self._log if record["step"] <= step]
         self._write_log()
         write_text(self.path / "config.json", json.dumps(config, indent=2) + "\n")
+
+    def read(self) -> None:
+        """Take the log as it is on the disk, where another process may be writing it."""
+        log = self.path / "log.jsonl"
+        lines = log.read_text(encoding="utf-8").splitlines() if log.exists() else []
+        self._log = [record for record in map(_json_or_none, lines) if record]
 
     def add(self, event: StepEvent) -> StepEvent:
         """Log an event; one with an evaluation draws the curve anew. Gives the event back."""

@@ -22,7 +22,7 @@ from ..video_models.protocol import Tick, VideoModel
 from .average import Average
 from .checkpoint import Progress, RunIdentity, list_checkpoints, load_latest, save_checkpoint
 from .config import TrainConfig
-from .distributed import Group
+from .distributed import Group, told_when_alone
 from .events import Evaluation, StepEvent, TrainingStopped
 from .examples import Example, as_examples, check_examples
 from .gradient import silent
@@ -33,6 +33,7 @@ from .memory import plan_for
 from .run_folder import RunFolder, best_path
 from .run_sweep import sweep_run
 from .seeds import draw_prompts, seed_for
+from .sharding import ALONE, is_sharded
 from .start import begin_from
 from .trackers import Trackers, check_installed, tracked
 
@@ -104,6 +105,8 @@ class Trainer:
         for judge in (reward, *heldout):
             check_examples(self.samples, "sample prompts", model.spec, judge)
         self.lora_paths = {expert: self.files.lora_path(expert, model.spec.experts) for expert in c.experts}
+        if c.shard and not is_sharded(model):
+            raise ValueError(ALONE)
         self._group, self._metadata, self._heldout = group or Group(), metadata or {}, tuple(heldout)
         self._start = tuple(start)
         self._watch: Guards | None = None
@@ -160,6 +163,7 @@ class Trainer:
             log.info("%d videos a step: %s", self.videos_a_step, self.batch_in_words)
         with ExitStack() as undo:
             undo.enter_context(self.files.told_when_full())
+            undo.enter_context(told_when_alone())
             undo.callback(self._learner.rest)
             self._learner.prepare([*self.examples, *self.samples])
             adapters = self._inject(undo)
@@ -177,18 +181,11 @@ class Trainer:
             state = (self._identity, parameters, average.values, optimizer, self.reward, self._begun)
             progress = load_latest(self.folder, *state) or Progress()
             optimizer.register_step_post_hook(lambda *_: average.update(progress.step - progress.skipped))
-            if progress.memory and c.memory == "auto":
+            if progress.memory and c.memory == "auto" and not c.shard:
                 self._learner.adopt(plan_for(progress.memory, self.model))
             guards = self._watch = self._guards(progress)
             saved_at = progress.step if list_checkpoints(self.folder) else -1
             self._group.gather(progress.step)  # nobody writes before everybody has read
-            if progress.step and leads and progress.devices != self._group.size:
-                log.warning(
-                    "the first %d steps were made with %d processes and the next ones are with %d, so each has %d "
-                    "videos: not the steps that an uninterrupted run would have made",
-                    progress.step, progress.devices, self._group.size, self._group.size * c.accumulation * c.batch_size,
-                )  # fmt: skip
-            progress.devices = self._group.size
             if leads:
                 self.files.open(progress.step, c.to_dict(), [sample.prompt for sample in self.samples])
                 self._trackers = undo.enter_context(
@@ -278,7 +275,8 @@ class Trainer:
             blind += verdict.blind
             if not verdict.finite:
                 trouble = "the reward or its gradient was not a finite number"
-                break
+                if not c.shard:  # then all must call the networks equally often
+                    break
         if not trouble and blind == c.accumulation:
             trouble = "the reward found nothing to judge, such as no face: its gradient was 0 everywhere"
         progress.memory = self._learner.plan.name
@@ -350,8 +348,13 @@ class Trainer:
         return StepEvent(0, self.config.steps, nan, nan, nan, 0.0, seconds, self._memory(), evaluation=evaluation)
 
     def _evaluate(self, step: int, guards: Guards, adapters: dict[str, Adapter]) -> Evaluation | None:
-        """Only the leading process evaluates; the others wait for what its guards say."""
+        """Only the leading process evaluates; the others wait for what its guards say, or lend it their shards."""
         evaluation = None
+        if self.config.shard and not self._group.leads:
+            if (step or self._start) and guards.base is None:
+                with _without_lora(adapters.values()):
+                    self.evaluate()
+            self.evaluate()
         if self._group.leads:
             if (step or self._start) and guards.base is None:  # evaluations, or their prompts, are new to this run
                 with _without_lora(adapters.values()):

@@ -112,6 +112,7 @@ class Workers:
         workers: list[Worker] = []
         self.files, self.lora_paths = None, {}
         with ExitStack() as undo:
+            undo.callback(_clear, home, workers)
             undo.callback(self._end, workers)
             job = self.job.write(home)
             store = _store(self.processes)
@@ -212,6 +213,12 @@ class Workers:
                     worker.process.wait()
                 with suppress(OSError):
                     worker.process.stdin.close()
+
+
+def _clear(home: Path, workers: Sequence[Worker]) -> None:
+    """Leave nothing that nobody needs."""
+    if not any(worker.error for worker in workers):
+        shutil.rmtree(home, ignore_errors=True)
 
 
 def _store(processes: int) -> torch.distributed.TCPStore:
