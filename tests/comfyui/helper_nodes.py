@@ -94,7 +94,7 @@ class TestTinyClipVision:
         return (clip,)
 
 
-class TestWeights:
+class TestModelWeights:
     """A hash of a MODEL's own weights and of the names of what is patched."""
 
     RETURN_TYPES = ()
@@ -119,5 +119,5 @@ class TestWeights:
 
 
 NODE_CLASS_MAPPINGS = {
-    node.__name__: node for node in (TestConditioning, TestTinyClip, TestTinyVae, TestTinyClipVision, TestWeights)
+    node.__name__: node for node in (TestConditioning, TestTinyClip, TestTinyVae, TestTinyClipVision, TestModelWeights)
 }

@@ -189,7 +189,7 @@ def assert_same_lora(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
 
 def weights_of(comfyui, files: Files, model: str = "t2v") -> str:
     graph = files.core(model)
-    graph["w"] = {"class_type": "TestWeights", "inputs": {"model": ["m", 0]}}
+    graph["w"] = {"class_type": "TestModelWeights", "inputs": {"model": ["m", 0]}}
     return run(comfyui, graph).outputs["w"]["text"][0]
 
 
