@@ -8,9 +8,11 @@ from dataclasses import replace
 
 import pytest
 import torch
+from reward_lora.lora.adapter import LoraUse, applied
 from reward_lora.lora.files import read_lora
 from reward_lora.reward_models.mixture import Mixture
 from reward_lora.selfcheck.exactness import ToyReward
+from reward_lora.training import augment
 from reward_lora.training.augment import augmented
 from reward_lora.training.checkpoint import list_checkpoints
 from reward_lora.training.config import TrainConfig
@@ -107,6 +109,16 @@ def test_without_a_held_out_judge_motion_and_sharpness_decide(spoiled, what):
     assert guards.best.step == 1
 
 
+def test_few_prompts_leave_little_room_above_the_motion_floor():
+    """The same mean, 0.93 of the base model's: shown by even clips, not by two that move and two that do not."""
+    for motions, best in (([0.93] * 4, True), ([1.1, 0.76, 1.1, 0.76], False), ([1.1, 0.76] * 40, True)):
+        guards, clips = Guards(1, 0.9, "reward", []), len(motions)
+        guards.observe(Reading(0, [0.5] * clips, {}, [1.0] * clips, [1.0] * clips))
+        found = guards.observe(Reading(1, [0.6] * clips, {}, motions, [1.0] * clips))
+        assert found.best == best
+        assert not found.words, "a doubt is no complaint"
+
+
 def test_a_reward_worse_than_the_base_has_no_best_step():
     guards = Guards(0, 0.9, "reward", [])
     found = [guards.observe(reading(step, value)) for step, value in ((0, 0.5), (1, 0.4), (2, 0.3))]
@@ -142,6 +154,55 @@ def test_the_best_lora_is_that_of_its_step(wan, fast, tmp_path):
     assert read_lora(best_path(trainer.lora_path)).metadata["step"] == str(best)
     kept, made = read_lora(best_path(trainer.lora_path)), read_lora(tmp_path / "plain" / "run" / "run.safetensors")
     assert all(torch.equal(kept.modules[key].up, made.modules[key].up) for key in made.modules)
+
+
+def test_a_run_that_ends_badly_gives_its_best_lora(wan, fast, tmp_path):
+    """One bad evaluation at the end: patience is not used up, so the run is not stopped."""
+    config = replace(fast, steps=4, sample_every=2, patience=5, motion_floor=0.0, keep_best=True, sweep=False)
+    trainer = Trainer(wan, Bright(), PROMPTS, config, tmp_path / "run", heldout=[Turning("turning")])
+    events = list(trainer)
+    assert [bool(e.evaluation.findings["words"]) for e in events if e.evaluation] == [False, False, True]
+    assert trainer.result_paths == [best_path(trainer.lora_path)]
+    good = Trainer(wan, Bright(), PROMPTS, config, tmp_path / "good")
+    list(good)
+    assert good.result_paths == [good.lora_path]
+
+
+class Turning(Bright):
+    """Praises the second evaluation and blames the third, clip by clip as it is asked."""
+
+    looks = 0
+
+    def score(self, frames, prompts, *, reference=None):
+        said = (0.0, 1.0, -1.0)[min(2, self.looks // len(PROMPTS))]
+        self.looks += 1
+        return frames.flatten(1)[:, 0] * 0 + said
+
+
+def test_the_runs_lora_is_swept_over_strengths_and_left_as_it_was(wan, fast, tmp_path):
+    """The best step is in the middle: its LoRA is painted, not the last; the LoRAs do not change for it."""
+    config = replace(fast, steps=4, patience=0, motion_floor=0.0, sample_every=2)
+    made = {}
+    for sweep in (False, True):
+        heldout = [Turning("turning")]
+        trainer = Trainer(
+            wan, Bright(), PROMPTS, replace(config, sweep=sweep), tmp_path / f"{sweep}" / "run", heldout=heldout
+        )
+        list(trainer)
+        made[sweep] = [path.read_bytes() for path in (trainer.lora_path, *trainer.kept_paths)]
+    assert made[False] == made[True]
+    record = json.loads((trainer.folder / "log.jsonl").read_text().splitlines()[-1])["sweep"]
+    assert record["step"] == 2
+    assert [point["strength"] for point in record["points"]] == [0, 0.25, 0.5, 0.7, 1]
+    best = read_lora(trainer.kept_paths[0])
+    for point in record["points"]:
+        with applied(wan, [LoraUse(best, point["strength"])]):
+            seen = trainer.evaluate()
+        assert point["rewards"] == pytest.approx(seen.rewards, abs=1e-5)
+        assert point["motion"] == pytest.approx(speed(seen.frames).tolist(), rel=1e-3)
+    painted = heldout[0].looks
+    list(Trainer(wan, Bright(), PROMPTS, replace(config, sweep=True), trainer.folder, heldout=heldout))
+    assert heldout[0].looks == painted, "what is in the log is not painted again"
 
 
 def test_a_new_run_in_the_folder_does_not_inherit_the_best_lora(wan, config, tmp_path):
@@ -201,6 +262,17 @@ def test_the_motion_penalty_has_the_gradient_of_its_loss(wan, view):
     assert found.motion == pytest.approx(
         float(guard.ratio(wan.decode(latents) if view.several else latents).mean()), rel=1e-3
     )
+
+
+def test_a_constant_anchor_keeps_the_lora_near_the_base_model(wan, fast, tmp_path):
+    config = replace(fast, steps=8, sample_every=8, judged_latents=1)
+    ends = {}
+    for weight in (1e-9, 100.0):
+        events = list(Trainer(wan, Bright(), PROMPTS, replace(config, anchor=weight), tmp_path / f"{weight}" / "run"))
+        assert {e.anchor for e in events[1:]} == {weight}
+        ends[weight] = (events[-1].drift, events[-1].evaluation.reward - events[0].evaluation.reward)
+    assert ends[100.0][0] < 0.3 * ends[1e-9][0]
+    assert ends[1e-9][1] > ends[100.0][1], "the price is reward"
 
 
 def test_an_adaptive_anchor_holds_the_distance(wan, fast, tmp_path):
@@ -286,6 +358,74 @@ def test_views_starve_a_pattern_and_feed_what_is_seen_from_everywhere():
     (bright, fooled), (bright_views, fooled_views) = gained(0), gained(4)
     assert fooled_views < 0.4 * fooled
     assert bright_views > bright
+
+
+@pytest.fixture
+def one_kind(monkeypatch):
+    """Leaves one kind of change in the views."""
+
+    def leave(kept):
+        for name in ("ZOOM", "ROTATION", "JITTER", "NOISE", "DROPOUT"):
+            if name != kept:
+                monkeypatch.setattr(augment, name, 0.0)
+
+    return leave
+
+
+def climbed(score, frames, views, rate, steps):
+    """Frames after following a judge's gradient, averaged over so many views; without views that of the frames."""
+    for step in range(steps):
+        frames = frames.detach().requires_grad_()
+        shown = [augmented(frames, 100 * step + n) for n in range(views)] or [frames]
+        (found,) = torch.autograd.grad(sum(map(score, shown)) / len(shown), frames)
+        frames = frames.detach() + rate * found
+    return frames
+
+
+@pytest.mark.parametrize("kind", ["ZOOM", "ROTATION"])
+def test_crops_and_turns_starve_an_exact_pattern(kind, one_kind):
+    one_kind(kind)
+    pattern = torch.randn(3, 1, 32, 32, generator=torch.Generator().manual_seed(3)).sign()
+    start = torch.full((1, 3, 1, 32, 32), 0.5)
+
+    def gained(views):
+        return ((climbed(lambda c: (c * pattern).mean(), start, views, 1.0, 10) - start) * pattern).mean()
+
+    assert gained(4) < 0.5 * gained(0)
+
+
+@pytest.mark.parametrize("kind", ["JITTER", "NOISE"])
+def test_colours_and_noise_lead_out_of_a_narrow_trap(kind, one_kind):
+    """A judge that wants it brighter, but for a needle of praise at one exact shade: of the clip, or of a pixel."""
+    one_kind(kind)
+    start = torch.full((1, 3, 1, 8, 8), 0.5)
+
+    def score(clips):
+        shade = clips.mean((1, 2, 3, 4)) if kind == "JITTER" else clips
+        return clips.mean() + 0.05 * (-((shade - 0.5) / 0.01).square()).exp().mean()
+
+    stuck, free = (climbed(score, start, views, 1e-3 * start.numel(), 100).mean() for views in (0, 4))
+    assert stuck < 0.51
+    assert free > 0.54
+
+
+def test_missing_patches_keep_one_spot_from_carrying_the_score(one_kind):
+    """A judge of the brightest patch alone."""
+    one_kind("DROPOUT")
+    start = torch.full((1, 3, 1, 16, 16), 0.3)
+    start[..., 4:6, 4:6] += 0.1
+    start[..., 8:10, 4:6] += 0.05
+
+    def patches(clips):
+        return torch.nn.functional.avg_pool2d(clips.mean((1, 2)), 2).flatten()
+
+    def second(views):
+        """The score when that spot is hidden."""
+        seen = patches(climbed(lambda c: (200 * patches(c)).logsumexp(0) / 200, start, views, 0.2, 20))
+        return seen.sort().values[-2]
+
+    assert second(0) == pytest.approx(0.35, abs=1e-3)
+    assert second(4) > 0.36
 
 
 def test_a_view_is_its_seeds_and_the_same_in_every_frame():

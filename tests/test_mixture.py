@@ -155,6 +155,21 @@ def test_balanced_gradients_all_have_the_mean_norm_and_keep_their_direction():
     torch.testing.assert_close(mix.score(frames, [""] * 3), plain.score(frames, [""] * 3), rtol=0, atol=0)
 
 
+def test_a_term_with_a_hundred_times_the_gradient_does_not_dominate():
+    """Following the mixture's gradient, both terms rise where they are balanced; else the loud one alone."""
+    quiet, loud = Smooth("quiet", 1), Smooth("loud", 2, size=100.0)
+
+    def shares(**settings):
+        followed = per_sample_gradients(mixture(quiet, loud, **settings), clips()).flatten(1)
+        alone = [per_sample_gradients(term, clips()).flatten(1) for term in (quiet, loud)]
+        return [torch.cosine_similarity(followed, part).mean() for part in alone]
+
+    plain, balanced = shares(), shares(balanced=True)
+    assert plain[1] > 0.999 > 0.9 > plain[0]
+    assert balanced[0] == pytest.approx(balanced[1].item(), abs=1e-9)
+    assert balanced[0] > plain[0]
+
+
 def test_balancing_one_term_changes_nothing():
     frames = clips()
     torch.testing.assert_close(
