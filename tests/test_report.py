@@ -37,6 +37,19 @@ HACKED = [
 ]
 
 
+def swept(step, rows, floor=0.9):
+    """A sweep of (strength, trained, held out, motion), of six clips with a little spread in what they gain."""
+    points = [
+        {"strength": s, "rewards": [r + 0.01 * n for n in range(6)], "motion": [m] * 6, "sharpness": [1.0] * 6,
+         "heldout": {"PickScore": [j + 0.01 * n + s * 0.01 * (n % 2) for n in range(6)]}}
+        for s, r, j, m in rows
+    ]  # fmt: skip
+    return {"step": step, "reward": "trained one", "motion_floor": floor, "points": points}
+
+
+ROWS = [(0, 0.8, 21.0, 1.0), (0.5, 0.81, 21.1, 0.99), (0.7, 0.815, 21.3, 0.95), (1, 0.82, 21.2, 0.91)]
+
+
 class Loaded(HTMLParser):
     """Everything a page would fetch, and whether its tags close."""
 
@@ -70,6 +83,42 @@ def test_a_hacked_run_is_told_with_its_cost_and_what_to_use():
     )
     assert others == []
     assert "train 300 steps instead" in advice(RunLog.of(HACKED), "run", kept=False)[1][0]
+
+
+def test_the_strength_to_use_comes_from_the_sweep_of_the_lora_to_use():
+    def said(sweep, records=HACKED, **others):
+        return advice(RunLog.of([*records[:-1], records[-1] | {"sweep": sweep}]), "run", **others)[1]
+
+    first, why, *_ = said(swept(300, ROWS))
+    assert first.endswith("motion fell to 0.71 of the base: use step 300 (run_best.safetensors) at strength 0.7.")
+    assert why == (
+        "Strength 0.7 by PickScore: +0.3035 (+0.3012 to +0.3058) with motion at 0.95 of the base; full strength: "
+        "+0.205 (+0.2017 to +0.2083) with motion at 0.91 of the base."
+    )
+    still = [row if row[0] != 0.7 else (0.7, 0.9, 21.9, 0.8) for row in ROWS]
+    assert "at strength 0.5." in said(swept(300, still))[0], "too little moves at 0.7"
+    assert "try strength 0.7 first" in said(swept(600, ROWS))[0], "that was another LoRA"
+    assert "train 300 steps instead" in said(swept(300, ROWS), kept=False)[0]
+    worse = [record(0, 0.5, 21.0), record(10, 0.4, 20.0)]
+    assert "use run.safetensors at strength 0.7" in said(swept(10, ROWS), worse)[0]
+    nothing = [(s, r, 21.0 - s, m) for s, r, _, m in ROWS]
+    first, why, *_ = said(swept(10, nothing), worse)
+    assert "use no LoRA of this run" in first
+    assert why.startswith("Of the strengths tried none gains by PickScore")
+
+
+def test_the_page_shows_the_sweep_beside_its_videos(tmp_path):
+    picture = write_png(tmp_path / "reward.png", torch.zeros(4, 4, 3, dtype=torch.uint8).numpy())
+    for name in ("step-000000", "strength-0.5", "strength-0.7", "step-000300"):
+        write_preview(tmp_path / "samples" / f"00-{name}.webp", torch.rand(3, 5, 8, 8), 8)
+    text = page("run", "reward", [*HACKED[:-1], HACKED[-1] | {"sweep": swept(300, ROWS)}], FILLED, ["one"], picture)
+    part = text[text.index("The LoRA of step 300 at several strengths") : text.index("<h2>Evaluations")]
+    assert part.count("data:image/webp") == 4
+    assert part.count("data:image/png") == 1
+    rows = re.findall(r"<tr class='(\w*)'><td>([\d.]+)</td>", part)
+    assert rows == [("", "0"), ("", "0.5"), ("best", "0.7"), ("", "1")]
+    assert "strength 0.7, use this" in part
+    loaded(text)
 
 
 def test_a_good_run_is_told_so_and_an_unproven_one_too():
@@ -171,6 +220,8 @@ def test_a_run_writes_its_report_as_it_goes(wan, config, tmp_path):
             text = (trainer.folder / "report.html").read_text(encoding="utf-8")
             shown.append(text.count("data:image/webp"))
     assert shown == [2, 4, 6]
+    text = (trainer.folder / "report.html").read_text(encoding="utf-8")
+    assert text.count("data:image/webp") == 6 + 5 * 2, "and when it has ended, its LoRA at five strengths"
     found = loaded(text)
     pictures = [base64.b64decode(s.partition(",")[2]) for s in found.sources]
     assert all(Image.open(io.BytesIO(data)).verify() is None for data in pictures)
