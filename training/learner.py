@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from ..block_weights import in_float8, offloaded
 from ..reward_models.protocol import Reward
 from ..video_models.protocol import Tick, VideoModel
+from .compiling import check_compiler, compiled
 from .config import TrainConfig
 from .estimate import Estimate, estimate
 from .events import Evaluation
@@ -89,6 +90,7 @@ class Learner:
         self.plan = plan_for(config.memory, model)
         self._model, self._reward, self._config = model, reward, config
         self._stores: ExitStack | None = None
+        self._compiled = ExitStack()
         self._offloads = False
         self._latent_shape = model.spec.latent_shape(config.width, config.height, config.frames)
         self._device = device
@@ -106,6 +108,11 @@ class Learner:
             if self._config.float8:
                 for network in self._model.denoisers.values():
                     self._stores.enter_context(in_float8(network))
+            self._compiled = self._stores.enter_context(ExitStack())
+            if self._config.compile:
+                check_compiler(self._device)
+                for network in self._model.denoisers.values():
+                    self._compiled.enter_context(compiled(network))
             self.adopt(self._fitting())
             self._tick("rollout")  # only now: what shall not be on the device never gets there
             yield
@@ -131,6 +138,9 @@ class Learner:
     def adopt(self, plan: MemoryPlan) -> None:
         """Go on under another memory plan."""
         if plan.offload and self._stores is not None and not self._offloads:
+            if self._config.compile:
+                log.warning("memory: %s moves the blocks' weights, so they are not compiled", plan.name)
+            self._compiled.close()
             for network in self._model.denoisers.values():
                 self._stores.enter_context(offloaded(network))
             self._offloads = True
