@@ -1,8 +1,9 @@
 """Rewards as a user writes them, on the command line and in nodes alike.
 
-One reward is ``NAME``, with settings ``NAME[option=value, option=value]``. Several are ``NAME*WEIGHT+NAME*WEIGHT``,
-a weighted sum; a weight left out is 1 and may be negative (``a+b*-0.5``). Any other mixture is written as a call,
-``min(a+b*2)`` or ``softmin(a+b, temperature=0.5, normalised, balanced)``, with what
+One reward is ``NAME``, with settings ``NAME[option=value, option=value]``. Every reward that reads the prompt also
+takes ``NAME[positive=Realistic photo, negative=CG Render]``, see :mod:`.relative`. Several are
+``NAME*WEIGHT+NAME*WEIGHT``, a weighted sum; a weight left out is 1 and may be negative (``a+b*-0.5``). Any other
+mixture is written as a call, ``min(a+b*2)`` or ``softmin(a+b, temperature=0.5, normalised, balanced)``, with what
 :class:`.mixture.MixtureSettings` knows: ``sum``, ``mean``, ``min`` or ``softmin``. Spaces do not count between parts.
 """
 
@@ -15,6 +16,7 @@ from typing import Any, get_args
 
 from .mixture import Combination, Mixture, MixtureSettings
 from .protocol import Reward
+from .relative import Relative, Words
 
 SHAPE = "NAME*WEIGHT+NAME*WEIGHT, such as hps_v2.1*0.5+aesthetic_v2*0.1"
 
@@ -27,11 +29,13 @@ class Term:
         name: A reward's name, or ``file.py:NAME``.
         weight: How much it counts.
         options: Its settings, by name.
+        words: Phrases that its score is relative to.
     """
 
     name: str
     weight: float = 1.0
     options: Mapping[str, str] = field(default_factory=dict)
+    words: Words = Words()
 
 
 @dataclass(frozen=True)
@@ -54,6 +58,7 @@ class Spelling:
     def load(self, load: Callable[[str, Mapping[str, str]], Reward]) -> Reward:
         """The reward, every term loaded by ``load(name, options)``."""
         rewards = [load(term.name, term.options) for term in self.terms]
+        rewards = [Relative(r, t.words) if t.words else r for r, t in zip(rewards, self.terms, strict=True)]
         return rewards[0] if self.single else Mixture(rewards, [term.weight for term in self.terms], self.settings)
 
 
@@ -103,7 +108,8 @@ def _term(text: str, whole: str) -> Term:
                 f"{option.strip()!r} in the reward {whole.strip()!r} is no option; write NAME[option=value]"
             )
         settled[key] = value
-    return Term(name, 1.0 if weight is None else _number(weight, whole), settled)
+    words = Words(settled.pop("positive", ""), settled.pop("negative", ""))
+    return Term(name, 1.0 if weight is None else _number(weight, whole), settled, words)
 
 
 def _number(text: str, whole: str) -> float:
