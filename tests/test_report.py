@@ -159,6 +159,8 @@ def test_what_the_guards_did_is_told():
         "a, b pull against each other at the frames (cosine -0.50)",
     ):
         assert part in told
+    painted = deeds(RunLog.of([HACKED[0], last | {"sweep": swept(300, ROWS)}]), config)
+    assert "The LoRA of step 300 was painted at the strengths 0, 0.5, 0.7, 1." in painted
     off = " ".join(deeds(RunLog.of(HACKED), replace(CONFIG, keep_best=False, patience=0).to_dict()))
     assert "keep_best is off" in off
     assert "patience 0" in off

@@ -199,6 +199,9 @@ def deeds(log: RunLog, config: Mapping[str, Any]) -> list[str]:
     else:
         told.append(f"Early stop: {ends[-1]}." if ends else f"Early stop (patience {config['patience']}) did not fire.")
     told += [f"Step {r['step']}: {r['guards']['words']}." for r in log.evaluations if r["guards"]["words"]]
+    if log.sweep and log.sweep_record:
+        strengths = ", ".join(f"{point.strength:g}" for point in log.sweep.points)
+        told.append(f"The LoRA of step {log.sweep_record['step']} was painted at the strengths {strengths}.")
     if config["motion_guard"]:
         ratios = [r["motion"] for r in log.steps if r.get("motion") is not None]
         under = sum(ratio < config["motion_floor"] for ratio in ratios)
