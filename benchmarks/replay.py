@@ -1,20 +1,17 @@
-"""Replay against one autograd graph: memory and time of a reward step, side by side in one run.
+"""Replay against one autograd graph: memory and time of a reward step, side by side.
 
-    python -m reward_lora.benchmarks.replay [--device cuda]
+    python -m reward_lora.benchmarks.replay [--quick] [--json FILE] [--device cuda]
 
-Each cell runs in a process of its own, so that its peak is its own. The single graph is what the public
-trainers build; it is measured with and without block checkpointing.
+The single graph is what the public trainers build; it is measured with and without block checkpointing. Peaks are
+taken in a process each, times in turns in one.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
-import subprocess
 import sys
-import threading
-import time
+from collections.abc import Callable
 
 import torch
 
@@ -22,16 +19,20 @@ from ..lora.adapter import inject_new, total_norm
 from ..selfcheck.exactness import ToyReward, one_graph
 from ..training.gradient import Walk, replay, rollout
 from ..training.judge import Objective, judge
+from ..training.memory import checkpointed_blocks
 from ..training.schedule import BackpropSchedule
 from ..video_models.protocol import ModelSpec
 from ..video_models.wan import WanModel
+from .allocated import peak_bytes
+from .common import Peak, Result, Table, command, fresh, in_turns, mib, ratio, spread
 
 STEPS = 10
 GUIDANCE = 6.0
+WAYS = ("replay", "graph", "graph, checkpointed")
 
 
 def model_of_20m(device: str, size: int) -> tuple[WanModel, tuple[int, ...]]:
-    """A random Wan of about 20 M parameters and a small VAE, float32 on a CPU, bfloat16 on a GPU."""
+    """A random Wan of about 20 M parameters and a small VAE in float32, and the shape of its latents."""
     from diffusers import AutoencoderKLWan, WanTransformer3DModel
 
     torch.manual_seed(0)
@@ -45,113 +46,92 @@ def model_of_20m(device: str, size: int) -> tuple[WanModel, tuple[int, ...]]:
     return model, (16, 3, size, size)
 
 
-class Peak:
-    """Highest memory above the start: allocated bytes on a GPU, resident bytes (sampled) on a CPU."""
+class Stage:
+    """A model with a LoRA that has weights in it, and everything a step needs."""
 
-    def __init__(self, device: str) -> None:
-        self._cuda = device.startswith("cuda")
+    def __init__(self, device: str, size: int) -> None:
+        self.model, shape = model_of_20m(device, size)
+        adapter = inject_new(self.model.transformer, self.model.spec.lora_targets, rank=8, alpha=8.0, seed=0)
+        with torch.no_grad():
+            for key, parameter in adapter.parameters().items():
+                if key.endswith(".up"):
+                    parameter.normal_(std=0.02)
+        text = torch.randn(1, 32, 64, generator=torch.Generator().manual_seed(1))
+        self._walk = Walk(self.model, self.model.conditioning(list(text), list(text * 0), shape), GUIDANCE)
+        self._noise = self.model.initial_latents(shape, [1])
+        self._parameters = list(adapter.parameters().values())
 
-    def _resident(self) -> int:
-        import psutil
-
-        return psutil.Process().memory_info().rss
-
-    def __enter__(self) -> Peak:
-        if self._cuda:
-            torch.cuda.reset_peak_memory_stats()
-            self._start = torch.cuda.memory_allocated()
-        else:
-            self._start = self._highest = self._resident()
-            self._stop = threading.Event()
-            self._thread = threading.Thread(target=self._watch)
-            self._thread.start()
-        return self
-
-    def _watch(self) -> None:
-        while not self._stop.wait(0.002):
-            self._highest = max(self._highest, self._resident())
-
-    def __exit__(self, *exc) -> None:
-        if self._cuda:
-            self.bytes = torch.cuda.max_memory_allocated() - self._start
-        else:
-            self._stop.set()
-            self._thread.join()
-            self.bytes = self._highest - self._start
-
-
-def measure(way: str, trained: int, device: str, size: int, repeats: int) -> dict:
-    """One cell: ``replay``, ``graph`` or ``graph+checkpointing`` at K trained steps."""
-    model, shape = model_of_20m(device, size)
-    if way == "graph+checkpointing":
-        model.transformer.enable_gradient_checkpointing()
-    adapter = inject_new(model.transformer, model.spec.lora_targets, rank=8, alpha=8.0, seed=0)
-    with torch.no_grad():
-        for key, parameter in adapter.parameters().items():
-            if key.endswith(".up"):
-                parameter.normal_(std=0.02)
-    text = torch.randn(1, 32, 64, generator=torch.Generator().manual_seed(1))
-    walk = Walk(model, model.conditioning(list(text), list(text * 0), shape), GUIDANCE)
-    noise, reward, objective = model.initial_latents(shape, [1]), ToyReward(), Objective()
-    plan = BackpropSchedule("tail", trained).draw(model.sigmas(STEPS), 0)
-    parameters = adapter.parameters().values()
-
-    def step() -> None:
-        for parameter in parameters:
+    def step(self, way: str, trained: int) -> None:
+        """One step in one of the ``WAYS``, with the last ``trained`` solver steps trained."""
+        plan = BackpropSchedule("tail", trained).draw(self.model.sigmas(STEPS), 0)
+        reward, objective = ToyReward(), Objective()
+        for parameter in self._parameters:
             parameter.grad = None
         if way == "replay":
-            final, kept = rollout(walk, noise, plan)
-            verdict = judge(walk, final, reward, [""], objective)
-            replay(walk, kept, plan, verdict.gradient)
+            final, kept = rollout(self._walk, self._noise, plan)
+            verdict = judge(self._walk, final, reward, [""], objective)
+            replay(self._walk, kept, plan, verdict.gradient)
         else:
-            one_graph(walk, noise, plan, reward, objective, 1.0, judged_latents=1)
-        if device.startswith("cuda"):
-            torch.cuda.synchronize()
+            with checkpointed_blocks(self.model, "checkpointed" in way):
+                one_graph(self._walk, self._noise, plan, reward, objective, 1.0, judged_latents=1)
 
-    times = []
-    with Peak(device) as peak:
-        step()
-    for _ in range(repeats):
-        started = time.perf_counter()
-        step()
-        times.append(time.perf_counter() - started)
-    norm = total_norm([p.grad for p in parameters])
-    return {"mib": peak.bytes / 2**20, "seconds": statistics.median(times), "norm": norm}
+    def norm(self) -> float:
+        """Of the gradient."""
+        return total_norm([p.grad for p in self._parameters])
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def peaks(way: str, trained: int, device: str, size: int) -> dict[str, float]:
+    """Bytes of a step above those before it, as allocated and as resident, and its gradient's norm."""
+    stage = Stage(device, size)
+    with Peak(device) as resident:
+        stage.step(way, trained)
+    allocated = peak_bytes(lambda: stage.step(way, trained), device)
+    return {"allocated": allocated, "resident": resident.bytes, "norm": stage.norm()}
+
+
+def measure(options: argparse.Namespace) -> Result:
+    size = options.size or (8 if options.quick else 16)
+    counts = (1, 2) if options.quick else (1, 2, 4, 8, STEPS)
+    cells = [(way, trained) for way in WAYS for trained in counts]
+    found = {cell: fresh(peaks, *cell, options.device, size) for cell in cells}
+    stage = Stage(options.device, size)
+
+    def step(way: str, trained: int) -> Callable[[], None]:
+        return lambda: stage.step(way, trained)
+
+    times = in_turns({cell: step(*cell) for cell in cells}, 1 if options.quick else options.rounds, options.device)
+    rows = [
+        [way, k, mib(found[way, k]["allocated"]), mib(found[way, k]["resident"]), spread(times[way, k]),
+         f"{found[way, k]['norm']:.5e}"]
+        for way, k in cells
+    ]  # fmt: skip
+    ours = [found["replay", k]["allocated"] for k in counts]
+    said = [
+        f"Memory of replay over K = {', '.join(map(str, counts))}: largest to smallest {max(ours) / min(ours):.3f}."
+    ]
+    most = counts[-2]
+    for way in WAYS[1:]:
+        other, mine = found[way, most], found["replay", most]
+        said.append(
+            f"Replay to {way}, K = {most}: memory {mine['allocated'] / other['allocated']:.2f} (resident "
+            f"{mine['resident'] / other['resident']:.2f}), time {ratio(times['replay', most], times[way, most])}, "
+            f"gradient norm off by {abs(mine['norm'] / other['norm'] - 1):.0e}."
+        )
+    figures = [
+        {"way": way, "k": k, **found[way, k], "seconds": times[way, k], "median": statistics.median(times[way, k])}
+        for way, k in cells
+    ]
+    latents = f"latents 3x{size}x{size}"
+    about = f"Wan, 20 M parameters, {latents}, {STEPS} solver steps, guidance {GUIDANCE:g}, float32, {options.device}"
+    columns = ("way", "K", "allocated MiB", "resident MiB", "seconds", "gradient norm")
+    return Result(about, [Table(columns, rows)], said, {"cells": figures})
+
+
+def options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--size", type=int, default=24, help="latent height and width")
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--cell", help=argparse.SUPPRESS)
-    options = parser.parse_args()
-    if options.cell:
-        way, trained = options.cell.split(":")
-        print(json.dumps(measure(way, int(trained), options.device, options.size, options.repeats)))
-        return 0
-    print(f"Wan, 20 M parameters, {STEPS} solver steps, guidance {GUIDANCE:g}, {options.device}")
-    print(f"{'way':22}{'K':>3}{'extra MiB':>11}{'seconds':>9}{'gradient norm':>16}")
-    cells = {}
-    for way in ("replay", "graph", "graph+checkpointing"):
-        for trained in (2, 8):
-            command = [sys.executable, "-m", __spec__.name, "--cell", f"{way}:{trained}", "--device", options.device,
-                       "--size", str(options.size), "--repeats", str(options.repeats)]  # fmt: skip
-            answer = subprocess.run(command, capture_output=True, text=True, check=False)
-            if answer.returncode:
-                print(answer.stderr, file=sys.stderr)
-                return 1
-            cell = cells[way, trained] = json.loads(answer.stdout.splitlines()[-1])
-            print(f"{way:22}{trained:3}{cell['mib']:11.0f}{cell['seconds']:9.2f}{cell['norm']:16.6e}", flush=True)
-    ours = cells["replay", 8]
-    print(f"\nreplay, K = 8 against K = 2: memory {ours['mib'] / cells['replay', 2]['mib']:.2f}")
-    for way in ("graph", "graph+checkpointing"):
-        other = cells[way, 8]
-        print(f"replay against {way}, K = 8: memory {ours['mib'] / other['mib']:.2f}, "
-              f"time {ours['seconds'] / other['seconds']:.2f}, "
-              f"gradient norm off by {abs(ours['norm'] / other['norm'] - 1):.1e}")  # fmt: skip
-    return 0
+    parser.add_argument("--size", type=int, default=0, help="latent height and width")
+    parser.add_argument("--rounds", type=int, default=3)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(command("replay", __doc__, measure, options))

@@ -1,15 +1,14 @@
 """Frames of a clip scored in chunks against a loop over the frames with the text towers inside, as public code runs it.
 
-    python -m reward_lora.benchmarks.scoring [--size vit-h] [--frames 81] [--device cuda]
+    python -m reward_lora.benchmarks.scoring [--quick] [--json FILE] [--size vit-h] [--frames 81] [--device cuda]
 
-Each cell runs in a process of its own, so that its peak is its own. Networks are random, of the published size or tiny.
+Each cell runs in a process of its own, so that its peak is its own, and the cells take turns. Networks are random, of
+the published size or tiny.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import subprocess
 import sys
 import time
 
@@ -19,7 +18,7 @@ from ..reward_models.hps import ARCHITECTURE, HpsJudge, build_hps
 from ..reward_models.mps import MpsJudge, MpsNetwork
 from ..reward_models.networks import without_start
 from ..reward_models.scoring import FrameReward
-from .replay import Peak
+from .common import Peak, Result, Table, command, fresh, mib, ratio, spread
 
 REWARDS = ("hps", "mps")
 WAYS = ("loop", "chunks", "chunks, gradient")
@@ -65,7 +64,7 @@ def fill(network: torch.nn.Module) -> torch.nn.Module:
     return network
 
 
-def measure(reward: str, way: str, size: str, frames: int, device: str) -> dict[str, float]:
+def cell(reward: str, way: str, size: str, frames: int, device: str) -> dict[str, float]:
     """One cell."""
     torch.manual_seed(0)
     passes: list[str] = []
@@ -80,7 +79,7 @@ def measure(reward: str, way: str, size: str, frames: int, device: str) -> dict[
 
     run = _loop if way == "loop" else _chunks
     with torch.no_grad():
-        warm = fresh(judge)
+        warm = forgetful(judge)
         warm(clip[:, :, 0].to(device), [warm.encode_text("warm")])
     passes.clear()
     clip.requires_grad_("gradient" in way)
@@ -95,13 +94,13 @@ def measure(reward: str, way: str, size: str, frames: int, device: str) -> dict[
     return {
         "seconds": seconds,
         "work": work,
-        "mib": peak.bytes / 2**20,
+        "bytes": peak.bytes,
         "texts": len(passes),
         "score": float(score.detach()),
     }
 
 
-def fresh(judge: torch.nn.Module) -> torch.nn.Module:
+def forgetful(judge: torch.nn.Module) -> torch.nn.Module:
     """The same networks, no text remembered."""
     return MpsJudge(judge.clip, judge.cross, judge.tokenize) if isinstance(judge, MpsJudge) else judge
 
@@ -126,7 +125,7 @@ def _loop(judge: torch.nn.Module, clip: torch.Tensor, device: str) -> torch.Tens
         blocks[-1] = getattr(blocks[-1], "block", blocks[-1])
     scores = []
     for t in range(clip.shape[2]):
-        frame_judge = fresh(judge)
+        frame_judge = forgetful(judge)
         scores.append(frame_judge(clip[:, :, t].to(device), [frame_judge.encode_text(PROMPT)]))
     return torch.stack(scores).mean(0).float()
 
@@ -135,36 +134,36 @@ def _chunks(judge: torch.nn.Module, clip: torch.Tensor, device: str) -> torch.Te
     return FrameReward(judge, "benchmark").score(clip, [PROMPT])
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def measure(options: argparse.Namespace) -> Result:
+    frames, rounds = (4, 1) if options.quick else (options.frames, options.rounds)
+    cells = [(reward, way) for reward in REWARDS for way in options.ways]
+    found = {key: [] for key in cells}
+    for _ in range(rounds):
+        for key in cells:
+            found[key].append(fresh(cell, *key, options.size, frames, options.device))
+    rows, said = [], []
+    for (reward, way), runs in found.items():
+        seconds, work = ([run[name] for run in runs] for name in ("seconds", "work"))
+        size = mib(min(run["bytes"] for run in runs))
+        rows.append([reward, way, spread(seconds), spread(work), size, runs[0]["texts"], f"{runs[0]['score']:.5f}"])
+    for reward in REWARDS if {"loop", "chunks"} <= set(options.ways) else ():
+        ours, theirs = ({n: [run[n] for run in found[reward, way]] for n in ("seconds", "work")} for way in WAYS[1::-1])
+        said.append(
+            f"{reward}, chunks to the loop: time {ratio(ours['seconds'], theirs['seconds'])}, "
+            f"processor time {ratio(ours['work'], theirs['work'])}."
+        )
+    columns = ("reward", "way", "seconds", "processor seconds", "extra MiB", "text passes", "score")
+    figures = {"cells": [{"reward": r, "way": w, "runs": runs} for (r, w), runs in found.items()]}
+    return Result(f"{frames} frames, {options.size}, {options.device}", [Table(columns, rows)], said, figures)
+
+
+def options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--size", choices=("tiny", "vit-h"), default="tiny")
     parser.add_argument("--frames", type=int, default=81)
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS))
-    parser.add_argument("--cell", nargs=2, help=argparse.SUPPRESS)
-    options = parser.parse_args()
-    if options.cell:
-        print(json.dumps(measure(*options.cell, options.size, options.frames, options.device)))
-        return 0
-    print(f"{options.frames} frames, {options.size}, {options.device}")
-    print(f"{'reward':8}{'way':18}{'seconds':>9}{'CPU s':>9}{'extra MiB':>11}{'text passes':>13}{'score':>10}")
-    for reward in REWARDS:
-        cells = {}
-        for way in options.ways:
-            command = [sys.executable, "-m", __spec__.name, "--cell", reward, way, "--size", options.size,
-                       "--frames", str(options.frames), "--device", options.device]  # fmt: skip
-            answer = subprocess.run(command, capture_output=True, text=True, check=False)
-            if answer.returncode:
-                print(answer.stderr, file=sys.stderr)
-                return 1
-            cell = cells[way] = json.loads(answer.stdout.splitlines()[-1])
-            print(f"{reward:8}{way:18}{cell['seconds']:9.2f}{cell['work']:9.2f}{cell['mib']:11.0f}{cell['texts']:13}"
-                  f"{cell['score']:10.5f}", flush=True)  # fmt: skip
-        if {"loop", "chunks"} <= cells.keys():
-            share = {key: cells["chunks"][key] / cells["loop"][key] for key in ("seconds", "work")}
-            print(f"{reward:8}chunks against the loop: time {share['seconds']:.2f}, CPU time {share['work']:.2f}")
-    return 0
+    parser.add_argument("--rounds", type=int, default=3)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(command("scoring", __doc__, measure, options))

@@ -1,0 +1,123 @@
+"""Every benchmark, one after the other in a process each, and RESULTS.md made of what they found.
+
+    python -m reward_lora.benchmarks.all [--quick] [--only NAME ...] [--only-table]
+
+Take a machine that does nothing else. The numbers go to ``benchmarks/results/NAME.json``; a GPU benchmark that cannot
+run leaves what was measured before. ``--quick`` writes nothing: it shows that everything works.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..files import write_text
+from .common import Table
+
+HERE = Path(__file__).resolve().parent
+RESULTS = HERE / "results"
+TITLES = {
+    "replay": "Replay against one autograd graph",
+    "step": "A step against its floor",
+    "decoding": "The gradient of a long clip, chunk by chunk",
+    "scoring": "Scoring a clip",
+    "loading": "Loading a model",
+    "processes": "Two processes against one",
+    "robustness": "Robustness",
+    "guards": "What guards are for, and what they cost",
+    "gpu": "Full-size models on a GPU",
+}
+"""In the order of RESULTS.md; what takes longer than minutes is run only when named."""
+LONG = ("robustness", "guards", "gpu")
+PREFACE = """# Measured
+
+Made by `python -m reward_lora.benchmarks.all` from `results/*.json`; do not edit. Each section says when, on what and
+by which command. Numbers are medians, with the least and the most of the repeats in brackets.
+"""
+
+
+def module(name: str) -> str:
+    return "reward_lora.tests.robustness" if name == "robustness" else f"{__package__}.{name}"
+
+
+def run(name: str, quick: bool, folder: Path) -> int:
+    arguments = ["--json", str(folder / f"{name}.json"), *(["--quick"] if quick else [])]
+    if name == "guards":
+        arguments = ["--output", str(HERE / "guards")]
+    print(f"\n--- {name}", flush=True)
+    return subprocess.run([sys.executable, "-m", module(name), *arguments], check=False).returncode
+
+
+def document(folder: Path = RESULTS) -> str:
+    """RESULTS.md."""
+    parts = [PREFACE]
+    for name, title in TITLES.items():
+        file = folder / f"{name}.json"
+        if name == "guards" and not file.is_file():
+            file = HERE / "guards.json"
+        record = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+        parts.append(f"## {title}\n\n{section(record) if record else f'Not measured. `python -m {module(name)}`'}\n")
+    return "\n".join(parts)
+
+
+def section(record: dict[str, Any]) -> str:
+    """One benchmark; of one that writes another form of record, what can be shown of it."""
+    if "tables" not in record:
+        return _guards(record)
+    load = f"; load {record['load']:g} before it began" if record.get("load", 0) > 0.5 else ""
+    head = f"{record['date']}, {record['hardware']}; {record['software']}{load}.\n\n`{record['command']}`"
+    tables = [Table(t["columns"], t["rows"], t.get("title", "")).markdown() for t in record["tables"]]
+    return "\n\n".join([head, record["about"], *tables, "\n".join(f"- {line}" for line in record["said"])]).rstrip()
+
+
+def _guards(record: dict[str, Any]) -> str:
+    """Of ``guards.json``: what each seed's runs came to, and the presets' cost."""
+    rows = [
+        [
+            seed["seed"],
+            way,
+            f"{of['step']:.0f}",
+            f"{of['reward_gain']:+.3f}",
+            f"{of['accuracy']:.1%}",
+            f"{of['motion']:.2f}",
+        ]
+        for seed in record.get("seeds", [])
+        for way, of in (("kept by standard", seed["standard"]), ("unguarded", seed["unguarded"]))
+    ]
+    runs = Table(("seed", "", "step", "reward gain", "everything right", "true motion / base"), rows)
+    cost = [[name, f"{of['seconds_a_step']:.2f}"] for name, of in record.get("cost", {}).items()]
+    head = f"`python -m {__package__}.guards --output benchmarks/guards`; the curves: [guards.png](guards.png)."
+    return "\n\n".join([head, runs.markdown(), Table(("preset", "processor seconds a step"), cost).markdown()])
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="see that everything works, and write nothing")
+    parser.add_argument("--only", nargs="+", choices=list(TITLES), metavar="NAME", help=f"of {', '.join(TITLES)}")
+    parser.add_argument("--only-table", action="store_true", help="run nothing; make RESULTS.md of what is there")
+    options = parser.parse_args()
+    failed = []
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch) if options.quick else RESULTS
+        folder.mkdir(exist_ok=True)
+        gpu = ["gpu"] if torch.cuda.is_available() else []
+        names = options.only or [name for name in TITLES if name not in LONG] + gpu
+        for name in [] if options.only_table else names:
+            if run(name, options.quick, folder):
+                failed.append(name)
+        if not options.quick:
+            print(write_text(HERE / "RESULTS.md", document()))
+    if failed:
+        print(f"failed: {', '.join(failed)}", file=sys.stderr)
+    return int(bool(failed))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

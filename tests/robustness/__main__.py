@@ -1,0 +1,99 @@
+"""Robustness, as one command: damaged files, kills, cancels, and a long run.
+
+    python -m reward_lora.tests.robustness [--quick] [--json FILE]
+
+Ends with status 1 if anything happened that must not.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+from pathlib import Path
+
+from reward_lora.benchmarks.common import Result, Table, command, fresh
+
+from .fuzz import Found, fuzz
+from .interrupts import cancel, kill_and_resume, soak
+from .readers import readers
+
+KIB_A_STEP = 8
+"""What counts as flat: 8 MiB in a thousand steps."""
+
+
+def measure(options: argparse.Namespace) -> Result:
+    quick, rows, wrong, figures = options.quick, [], [], {}
+    with tempfile.TemporaryDirectory() as place:
+        for number, reader in enumerate(readers(quick)):
+            if options.only and options.only not in reader.name:
+                continue
+            wanted = 25 if quick else options.examples
+            try:
+                found = fuzz(reader, Path(place) / f"{number}", wanted, options.seed)
+                rows.append([reader.name, sum(found.values()), found["refused"], found["read"], 0])
+                figures[reader.name] = dict(found)
+            except Found as error:
+                wrong.append(str(error))
+                rows.append([reader.name, "", "", "", 1])
+                kept = Path("robustness-spoiled")
+                kept.mkdir(exist_ok=True)
+                for file in Path(place).glob(f"{number}-spoiled-*"):
+                    file.replace(kept / file.name)
+            print(*rows[-1], sep="  ", file=sys.stderr, flush=True)  # noqa: T201 - minutes pass between lines
+    tables = [Table(("spoiled files of", "files", "refused in a sentence", "read all the same", "anything else"), rows)]
+    said = []
+    if not options.only:
+        killed = fresh(kill_and_resume, 2 if quick else options.times, threads=1)
+        cancelled = fresh(cancel, 4 if quick else options.times, threads=1)
+        soaked = fresh(soak, 30 if quick else options.steps, threads=1)
+        figures |= {"kill": killed, "cancel": cancelled, "soak": soaked}
+        if killed["different"] or cancelled["different"]:
+            wrong.append("an interrupted run ended in another LoRA than one left alone")
+        if cancelled["changed"] or cancelled["tensor bytes"] > 0:
+            wrong.append(f"a cancel left something in the model: {cancelled}")
+        if not quick and soaked["KiB a step"] > KIB_A_STEP:
+            wrong.append(f"memory grows by {soaked['KiB a step']} KiB a step")
+        said = [
+            f"Killed with signal 9 and resumed {killed['kills']} times over {killed['runs']} runs: "
+            f"{killed['different']} LoRAs differ from an undisturbed run's by a byte.",
+            f"Cancelled {cancelled['cancels']} times over {cancelled['runs']} runs in one process: "
+            f"{cancelled['changed']} times the model was not as before, {cancelled['different']} LoRAs differ; "
+            f"tensors that stayed: {cancelled['tensor bytes']} bytes; resident {cancelled['resident MiB']:+.0f} MiB.",
+            f"{soaked['steps']} steps in {soaked['seconds']} s: "
+            f"resident {soaked['MiB at a tenth']:.0f} MiB after a tenth, "
+            f"{soaked['MiB at the end']:.0f} MiB at the end, {soaked['KiB a step']:.1f} KiB a step; "
+            f"tensors that stayed: {soaked['tensor bytes']} bytes.",
+        ]
+    options.failed = bool(wrong)
+    return Result(
+        "Files a user hands us, spoiled by hypothesis; runs of the built-in model: one frame, two solver steps",
+        tables,
+        [*said, *(f"WRONG: {line}" for line in wrong)],
+        figures,
+    )
+
+
+def options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--examples", type=int, default=400, help="spoiled files of a reader")
+    parser.add_argument("--times", type=int, default=50, help="kills, and cancels")
+    parser.add_argument("--steps", type=int, default=1000, help="of the long run")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--only", default="", help="readers with this in their name, and nothing else")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    seen = argparse.Namespace(failed=False)
+
+    def run(given: argparse.Namespace) -> Result:
+        result = measure(given)
+        seen.failed = given.failed
+        return result
+
+    return (
+        command("robustness", __doc__, run, options, arguments, package=__package__.rpartition(".")[0]) or seen.failed
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())
