@@ -117,8 +117,10 @@ def advice(log: RunLog, name: str, kept: bool = True) -> tuple[bool, list[str]]:
         if all(lower <= 0 for _, lower, _ in leads):
             words.append("That it is better than the last step is not shown on so few prompts; either may do.")
     else:
-        words.append(f"No evaluation was better than the base model: {use}. Train longer, or check reward and learning "
-                     "rate.")  # fmt: skip
+        words.append(
+            f"No evaluation was better than the base model and sound: {use}. Train longer, or check reward and learning "
+            "rate."
+        )
     if log.sweep and log.sweep_record["step"] == (best or last)["step"]:
         words.append(_why(log.sweep))
     if low <= 0 <= high:
