@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from PIL import Image
 from reward_lora import files
 
 ROOT = Path(files.__file__).parent
@@ -48,6 +49,23 @@ def test_registry_data():
     assert {p for p in found if not p.startswith("reward_lora.tests")} == packages
 
 
+def test_the_icon_suits_the_registry():
+    with Image.open(ROOT / "web" / "icon.png") as icon:
+        assert icon.size[0] == icon.size[1] <= 400
+
+
+def test_nodes_start_no_installation_and_evaluate_no_text():
+    """The registry's security rules, in all that it ships."""
+    left_out = (ROOT / ".comfyignore").read_text(encoding="utf-8").split()
+    shipped = [p for p in TRACKED if not {f"{p.relative_to(ROOT).parts[0]}/", p.name} & set(left_out)]
+    assert ROOT / "nodes" / "train.py" in shipped
+    for path in shipped:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            called = node.func if isinstance(node, ast.Call) else None
+            assert not (isinstance(called, ast.Name) and called.id in ("eval", "exec", "compile", "__import__")), path
+            assert not (isinstance(node, ast.Constant) and node.value in ("pip", "uv")), path
+
+
 def test_imports_inside_the_pack_are_relative():
     ours = {path.name for path in ROOT.iterdir() if (path / "__init__.py").exists()} | {"files", "demo", "reward_lora"}
     for path in TRACKED:
@@ -79,7 +97,23 @@ def test_the_built_in_model_is_small():
     assert sum(p.stat().st_size for p in (ROOT / "tests" / "fixtures").rglob("*") if p.is_file()) < 10e6
 
 
-def test_help_pages_and_api_twins_are_there():
+def test_workflows_have_api_twins_and_thumbnails():
     names = {path.stem for path in (ROOT / "workflows").glob("*.json")}
-    assert len(names) >= 3
+    assert len(names) >= 11
     assert {path.stem for path in (ROOT / "workflows" / "api").glob("*.json")} == names
+    assert {path.stem for path in (ROOT / "workflows").glob("*.jpg")} == names
+
+
+def test_every_help_page_shows_its_node():
+    pages = list((ROOT / "web" / "docs").glob("*.md"))
+    assert len(pages) >= 24
+    for page in pages:
+        assert f"]({page.stem}.webp)" in page.read_text(encoding="utf-8")
+        assert page.with_suffix(".webp").stat().st_size < 40_000
+
+
+def test_files_that_are_not_code_are_installed_too():
+    data = project()["tool"]["setuptools"]["package-data"]["reward_lora"]
+    shown = [*ROOT.glob("workflows/**/*.j*"), *ROOT.glob("web/docs/*"), *ROOT.glob("locales/*/*.json")]
+    assert shown
+    assert [p for p in shown if not any(p.relative_to(ROOT).match(pattern) for pattern in data)] == []
