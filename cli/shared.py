@@ -172,7 +172,7 @@ def read_recipe(name: str) -> dict[str, Any]:
         raise ValueError(f"no recipe {name!r}: give a YAML file or one of {known}")
     try:
         data = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         raise ValueError(f"{path.name} is not YAML: {str(error).splitlines()[0]}") from None
     if not isinstance(data, dict):
         raise ValueError(f"{path.name} must hold settings as `name: value`")

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 
+from ..files import WeightFileError
 from ..hub import Progress
 from . import (
     action,
@@ -109,6 +110,15 @@ def load_reward(
             f"{name} needs the Python package {error.name}, which is not installed: {sys.executable} -m pip install "
             f"{needed}"
         ) from None
+    except (ValueError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # the libraries check configurations with errors of many kinds
+        if not files:
+            raise
+        reason = " ".join(str(error).split())
+        raise WeightFileError(
+            f"the files of {name} cannot be used ({type(error).__name__}: {reason}); download them again"
+        ) from error
 
 
 def _is_installed(module: str) -> bool:

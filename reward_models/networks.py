@@ -119,7 +119,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """
     try:
         config = json.loads(existing(path).read_text(encoding="utf-8"))
-    except ValueError:
+    except (ValueError, RecursionError):
         config = None
     if not isinstance(config, dict):
         raise WeightFileError(f"{path} is not the configuration of a model; download it again")

@@ -38,7 +38,7 @@ def read_rows(path: Path) -> list[tuple[int, dict[str, Any]]]:
             try:
                 row = json.loads(line)
                 row["prompt"]
-            except (ValueError, KeyError, TypeError):
+            except (ValueError, KeyError, TypeError, RecursionError):
                 raise PromptFileError(
                     f'{path.name}, line {number}: expected an object such as {{"prompt": "..."}}'
                 ) from None

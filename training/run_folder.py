@@ -111,7 +111,7 @@ class RunFolder:
     def read(self) -> None:
         """Take the log as it is on the disk, where another process may be writing it."""
         log = self.path / "log.jsonl"
-        lines = log.read_text(encoding="utf-8").splitlines() if log.exists() else []
+        lines = log.read_text(encoding="utf-8", errors="replace").splitlines() if log.exists() else []
         self._log = [record for record in map(_json_or_none, lines) if record]
 
     def add(self, event: StepEvent) -> StepEvent:
@@ -173,6 +173,7 @@ class RunFolder:
 
 def _json_or_none(line: str) -> dict[str, Any] | None:
     try:
-        return json.loads(line)
-    except ValueError:  # the last line of a run that was killed while writing
+        record = json.loads(line)
+    except (ValueError, RecursionError):  # the last line of a run that was killed while writing
         return None
+    return record if isinstance(record, dict) and record.keys() >= {"step", "reward"} else None

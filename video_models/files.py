@@ -33,7 +33,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """The JSON object in a file, or :class:`WeightFileError`."""
     try:
         content = json.loads(existing(path).read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise WeightFileError(f"{path} is not valid JSON ({error}); download it again") from None
     except OSError as error:
         raise unreadable(path, error) from None

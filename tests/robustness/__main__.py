@@ -40,7 +40,8 @@ def measure(options: argparse.Namespace) -> Result:
                 kept.mkdir(exist_ok=True)
                 for file in Path(place).glob(f"{number}-spoiled-*"):
                     file.replace(kept / file.name)
-            print(*rows[-1], sep="  ", file=sys.stderr, flush=True)  # noqa: T201 - minutes pass between lines
+            told = rows[-1] if rows[-1][-1] == 0 else [wrong[-1]]
+            print(*told, sep="  ", file=sys.stderr, flush=True)  # noqa: T201 - minutes pass between lines
     tables = [Table(("spoiled files of", "files", "refused in a sentence", "read all the same", "anything else"), rows)]
     said = []
     if not options.only:

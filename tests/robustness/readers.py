@@ -167,5 +167,5 @@ def _models() -> Iterator[Reader]:
         def read(folder: Path, case=case) -> None:
             load_video_model(case.source(folder), dtype="float32", text=False)
 
-        patterns = ["**/*.json", "**/*.safetensors", "**/*.pth"]
+        patterns = ["**/*.json", "**/*.safetensors", "**/*.pth", "**/*.ckpt"]
         yield Reader(f"model, {case}", case.write, patterns, read)
