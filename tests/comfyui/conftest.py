@@ -100,10 +100,17 @@ class ComfyUI:
         """Resident bytes of the server."""
         return self._process.memory_info().rss
 
-    def free(self) -> None:
-        """What the button "Free model and node cache" does."""
-        self.ask("/free", {"unload_models": True, "free_memory": True})
-        time.sleep(2)  # the server looks at its flags once a second
+    def free(self, limit: float = 0.0) -> int:
+        """What the button "Free model and node cache" does. Resident bytes once they are below a limit, or 10 s later.
+
+        More than once, because the server sets two flags one by one and may wake for the first alone.
+        """
+        for _ in range(5):
+            self.ask("/free", {"unload_models": True, "free_memory": True})
+            time.sleep(2)
+            if self.memory() < limit:
+                break
+        return self.memory()
 
     def watch(self, graph: dict) -> tuple[Outcome, Listener]:
         """Run a graph, and hear what a browser would."""

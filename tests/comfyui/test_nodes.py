@@ -24,6 +24,7 @@ pytestmark = pytest.mark.comfyui
 NODES = {
     "RewardLoraLoadVideoModel": "Load Video Model",
     "RewardLoraLoadVideoModelFiles": "Load Video Model (files)",
+    "RewardLoraPrompts": "Prompts",
     "RewardLoraGenerateVideo": "Generate Video",
     "RewardLoraLoadReward": "Load Reward",
     "RewardLoraCombineRewards": "Combine Rewards",
@@ -31,9 +32,17 @@ NODES = {
     "RewardLoraPickBest": "Pick Best of N",
     "RewardLoraCompare": "Compare",
     "RewardLoraTrainRewardLora": "Train Reward LoRA",
+    "RewardLoraTrainingReport": "Training Report",
+    "RewardLoraBackpropSchedule": "Backprop Schedule",
+    "RewardLoraSamplingSettings": "Sampling Settings",
+    "RewardLoraJudgeSettings": "Judge Settings",
+    "RewardLoraGuards": "Guards",
+    "RewardLoraMemorySettings": "Memory Settings",
+    "RewardLoraOptimizerSettings": "Optimizer Settings",
     "RewardLoraApplyRewardLora": "Apply Reward LoRA",
     "RewardLoraApplyRewardLoraToModel": "Apply Reward LoRA to MODEL",
     "RewardLoraFetchPublishedLora": "Fetch Published LoRA",
+    "RewardLoraLoadTrainedLora": "Load Trained LoRA",
     "RewardLoraSweepLoraStrength": "Sweep LoRA Strength",
     "RewardLoraSaveRewardLora": "Save Reward LoRA",
 }
@@ -66,6 +75,13 @@ def test_node_explains_itself(comfyui, info, key):
     for name, spec in named:
         assert spec[1].get("tooltip"), name
         assert f"| {name} |" in page, f"{name} is missing from {key}.md"
+        if spec[0] in ("INT", "FLOAT"):
+            assert re.search(r"\d", spec[1]["tooltip"]), f"the tooltip of {name} has no range"
+        if name in ("strength", "coupling", "backprop_coupling", "guidance_scale"):
+            assert spec[1]["display"] == "slider", name
+    for name, tooltip in zip(node["output_name"], node.get("output_tooltips") or (), strict=True):
+        assert tooltip, name
+        assert f"| {name} |" in page, f"the output {name} is missing from {key}.md"
     assert comfyui.ask(f"/extensions/reward-lora/docs/{key}.md")[0] == 200
 
 
@@ -280,8 +296,8 @@ def test_training_widgets_are_the_settings_with_their_defaults(info):
     settings |= {f"backprop_{name}": value for name, value in settings["backprop"].items()}
     node = info["RewardLoraTrainRewardLora"]["input"]
     own = {"video_model", "reward", "prompts", "prefix", "prompt_file", "sample_prompts", "advanced"}
-    own |= {"heldout_reward", "start_image", "end_image", "reference"}
-    own |= {"heldout_reward"}
+    own |= {"heldout_reward", "start_image", "end_image", "reference", "resume_from", "start_lora"}
+    own |= {"start_second_lora", "schedule", "sampling", "judge", "guard_settings", "memory", "optimizer"}
     widgets = {name: spec for group in ("required", "optional") for name, spec in node[group].items()}
     assert len(widgets) > 20
     for name in widgets.keys() - own:
