@@ -182,7 +182,7 @@ GUARDS: dict[str, Widget] = {
     "anchor_by_sigma": Switch(),
 }
 
-MEMORY: dict[str, Widget] = {"memory": Choice(), "float8": Switch(), "shard": Switch()}
+MEMORY: dict[str, Widget] = {"memory": Choice(), "float8": Switch(), "shard": Switch(), "compile": Switch()}
 
 OPTIMIZER: dict[str, Widget] = {
     "warmup_steps": Number(0, 100_000, 1),
