@@ -118,8 +118,8 @@ def advice(log: RunLog, name: str, kept: bool = True) -> tuple[bool, list[str]]:
             words.append("That it is better than the last step is not shown on so few prompts; either may do.")
     else:
         words.append(
-            f"No evaluation was better than the base model and sound: {use}. Train longer, or check reward and learning "
-            "rate."
+            f"No evaluation was better than the base model and sound: {use}. Train longer, or check reward and "
+            "learning rate."
         )
     if log.sweep and log.sweep_record["step"] == (best or last)["step"]:
         words.append(_why(log.sweep))
