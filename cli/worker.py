@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from ..lora.adapter import applied
+from ..training import learner
 from ..training.distributed import Group, PeerLost, joined, own_device
 from ..training.events import TrainingStopped
 from ..training.gradient import silent
@@ -51,8 +52,10 @@ def _work(path: Path, wire: Wire) -> None:
     job = Job.read(path)
     device = own_device(job.device)
     with joined(device) as group:
+        wire.leads = group.leads
         if group.leads:
             logging.getLogger().addHandler(wire)
+            learner.log.setLevel(logging.INFO)  # it says what memory the run needs
         say = (lambda text: wire.send("say", text=text)) if group.leads else silent
         with trainer_of(job, group, device, wire, say) as trainer:
             paths = {expert: str(path) for expert, path in trainer.lora_paths.items()}

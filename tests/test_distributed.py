@@ -45,12 +45,12 @@ with joined("cpu") as group:
 """
 
 
-def start(folder, batch, what="well", ranks=1):
+def start(folder, batch, what="well", ranks=1, script=RUN):
     """Run in so many processes; gives what each printed and its exit status."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [sys.executable, "-c", RUN, str(folder), str(batch), what]
+    command = [sys.executable, "-c", script, str(folder), str(batch), what]
     shared = {**os.environ, "OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     if ranks == 1:
         environments = [shared]

@@ -27,12 +27,13 @@ class Wire(logging.Handler):
     behind.
 
     Attributes:
+        leads: Whether the parent hears of the phases; one worker is enough.
         at_work: Set it once there is something to save; before, stopping is ending at once.
     """
 
     def __init__(self) -> None:
-        super().__init__(logging.WARNING)
-        self.at_work = False
+        super().__init__(logging.INFO)
+        self.leads = self.at_work = False
         self._stopping, self._one_at_a_time = threading.Event(), threading.Lock()
         self._out = os.fdopen(os.dup(1), "w", encoding="utf-8")
         os.dup2(2, 1)
@@ -50,6 +51,8 @@ class Wire(logging.Handler):
         """The engine's tick. Raises ``KeyboardInterrupt`` when the parent wants an end."""
         if self._stopping.is_set():
             raise KeyboardInterrupt
+        if self.leads:
+            self.send("tick", phase=phase)
 
     def send(self, kind: str, **data: Any) -> None:
         """One message; without a parent it goes nowhere."""
@@ -58,7 +61,7 @@ class Wire(logging.Handler):
             self._out.flush()
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Pass a warning on."""
+        """Pass on what a logger says."""
         self.send("log", level=record.levelno, text=record.getMessage())
 
 

@@ -31,7 +31,7 @@ log = logging.getLogger(__name__)
 LAUNCH = Path(__file__).resolve().parents[1] / "cli" / "launch.py"
 BEAT = 0.25
 """Seconds between looks at whether the user has cancelled."""
-SETTLE = 10.0
+SETTLE = 3.0
 """Seconds that the other workers have to end once the leader has."""
 
 
@@ -57,14 +57,15 @@ class Workers:
     """Trains like :class:`.trainer.Trainer`, in a process for each device. Iterate to train; leave the loop to stop.
 
     The leader writes the run's folder, and a checkpoint when it is stopped: by leaving the loop, by an exception raised
-    in ``tick``, or because this process has gone. Each process loads the model itself, so nothing of this one's should
-    be on the devices meanwhile. While it runs, and after a failure, ``folder/workers`` holds the job and one log a
-    process.
+    in ``tick`` or ``beat``, or because this process has gone. Each process loads the model itself, so nothing of this
+    one's should be on the devices meanwhile. While it runs, and after a failure, ``folder/workers`` holds the job and
+    one log a process.
 
     Args:
         job: What to train.
         processes: How many; on GPUs, one for each of the first ones.
-        tick: Called several times a second; may raise to stop.
+        tick: Called before every call of a large model in the leader; may raise to stop.
+        beat: Called several times a second; may raise to stop.
         say: Gets a line now and then.
         evaluate: What :meth:`.trainer.Trainer.evaluate` does, in this process.
 
@@ -81,6 +82,7 @@ class Workers:
     job: Job
     processes: int
     tick: Callable[[str], None] = silent
+    beat: Callable[[], object] = bool
     say: Callable[[str], None] = log.info
     evaluate: Callable[[], Evaluation] | None = None
     files: RunFolder | None = None
@@ -120,7 +122,7 @@ class Workers:
                 workers.append(self._start(rank, store.port, job, messages))
             running = set(range(self.processes))
             while running and not any(worker.error for worker in workers):
-                self.tick("wait")
+                self.beat()
                 try:
                     rank, message = messages.get(timeout=BEAT)
                 except Empty:
@@ -182,12 +184,17 @@ class Workers:
         if kind == "ready":
             self.files = RunFolder(self.folder, message["reward"])
             self.lora_paths = {expert: Path(path) for expert, path in message["lora_paths"].items()}
+        elif kind == "tick":
+            self.tick(message["phase"])
         elif kind == "result":
             self.result_paths = [Path(path) for path in message["paths"]]
         elif kind == "say":
             self.say(message["text"])
         elif kind == "log":
-            log.log(message["level"], message["text"])
+            if message["level"] < logging.WARNING:
+                self.say(message["text"])
+            else:
+                log.log(message["level"], message["text"])
         else:
             worker.error = (message["error"], message["text"])
 
