@@ -296,7 +296,7 @@ def test_training_widgets_are_the_settings_with_their_defaults(info):
     settings |= {f"backprop_{name}": value for name, value in settings["backprop"].items()}
     node = info["RewardLoraTrainRewardLora"]["input"]
     own = {"video_model", "reward", "prompts", "prefix", "prompt_file", "sample_prompts", "advanced"}
-    own |= {"heldout_reward", "start_image", "end_image", "reference", "resume_from", "start_lora"}
+    own |= {"heldout_reward", "start_image", "end_image", "reference", "resume_from", "start_lora", "devices"}
     own |= {"start_second_lora", "schedule", "sampling", "judge", "guard_settings", "memory", "optimizer"}
     widgets = {name: spec for group in ("required", "optional") for name, spec in node[group].items()}
     assert len(widgets) > 20

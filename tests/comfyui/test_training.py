@@ -27,7 +27,7 @@ SETTINGS = {
     "guard_settings": ("Guards", {"guards": "careful", "keep_best": "off", "patience": -1, "motion_floor": 0.5,
                                   "sweep": "off", "motion_guard": -1.0, "augment": 0, "anchor": -1.0,
                                   "anchor_target": -1.0, "anchor_by_sigma": False}),
-    "memory": ("MemorySettings", {"memory": "small", "float8": True, "shard": False}),
+    "memory": ("MemorySettings", {"memory": "small", "float8": True, "shard": False, "compile": False}),
     "optimizer": ("OptimizerSettings", {"warmup_steps": 2, "weight_decay": 0.25, "beta1": 0.9, "beta2": 0.99,
                                         "epsilon": 1e-8, "max_grad_norm": 0.5, "ema": 0.0,
                                         "lora_targets": "attn1.to_q, attn1.to_v", "experts": "",
