@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 from contextlib import closing
@@ -9,16 +10,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
-import torch
 import tyro
 from tyro.conf import UseAppendAction
 
+from ..training import learner
 from ..training.checkpoint import list_checkpoints
 from ..training.config import TrainConfig
 from ..training.distributed import joined, own_device
 from ..training.examples import read_examples
 from ..training.gradient import silent
 from ..training.job import Job, ModelSource, RewardSource
+from ..training.memory import free_memory
 from ..training.trainer import Trainer
 from ..training.workers import Workers
 from ..video_models import BUILTIN
@@ -80,6 +82,7 @@ class Train:
 
         job = self._job()
         signal.signal(signal.SIGTERM, signal.default_int_handler)  # torchrun's and a scheduler's way to stop
+        learner.log.setLevel(logging.INFO)  # it says what memory the run needs
         if self.devices > 1 and not self.estimate:
             workers = Workers(job, self.devices, say=tqdm.write)
             if self.fresh:
@@ -92,7 +95,7 @@ class Train:
             say = print if group.leads else silent
             with trainer_of(job, group, device, say=say) as trainer:
                 if self.estimate:
-                    say(trainer.estimate(_free(device)))
+                    say(trainer.estimate(free_memory(device)))
                     return 0
                 for line in announcement(trainer, group):
                     say(line)
@@ -144,15 +147,6 @@ class Train:
                     bar.write(event.stop)
                 if event.skipped:
                     bar.write(f"step {event.step} skipped: {event.skipped}")
-
-
-def _free(device: str) -> int:
-    """Bytes that a run may use: free ones on the GPU, available ones of main memory."""
-    if device.startswith("cuda"):
-        return torch.cuda.mem_get_info(device)[0]
-    import psutil
-
-    return psutil.virtual_memory().available
 
 
 def describe(event: Any) -> str:

@@ -94,7 +94,7 @@ class Decoder:
 
     def _keep(self, carried: Carried) -> Carried:
         """What is carried, where it waits, and none of the storage of what it was cut from."""
-        return tuple(_own(self._move(entry, self.keep_on)) for entry in carried)
+        return tuple(own(self._move(entry, self.keep_on)) for entry in carried)
 
     def _chunk_gradient(
         self, latents: Tensor, given: Carried, of_frames: Tensor, of_carried: Carried
@@ -130,7 +130,7 @@ def sparse(boundaries: int) -> int:
     return max(1, round(math.sqrt(boundaries)))
 
 
-def _own(entry: object) -> object:
+def own(entry: object) -> object:
     """A tensor with a storage of its size; a view would keep all it was cut from."""
     if isinstance(entry, Tensor) and entry.untyped_storage().nbytes() > entry.nbytes:
         return entry.clone(memory_format=torch.contiguous_format)

@@ -1,42 +1,47 @@
 """What a run will need, by phase, before it starts: counted on the meta device, where nothing is computed.
 
-Weights are summed; what a step keeps for its backward pass is what autograd saves when the real network is run on
-tensors without content. Attention is counted as memory-efficient kernels store it. Not counted: what a kernel borrows
-while it works, the fragments of the allocator, and the reward's own activations (a few images at a time).
+Each phase is run as training runs it, backward pass and checkpoints included, on tensors without content, and every
+storage is counted from where it is made to where it is freed (:mod:`.live`). Weights are summed. Attention is counted
+as memory-efficient kernels store it. Not counted: the fragments of the allocator, and the reward's own activations
+(a few images at a time).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.overrides import TorchFunctionMode
 
-from ..block_weights import blocks_of
+from ..block_weights import FLOAT8, blocks_of
+from ..lora.adapter import inject_new
 from ..reward_models.protocol import Reward
-from ..video_models.protocol import Carried, VideoModel
+from ..video_models.protocol import VideoModel
 from .config import TrainConfig
-from .memory import PLANS, MemoryPlan
+from .decoding import Decoder, own, sparse
+from .gradient import silent
+from .live import LiveBytes
+from .memory import PLANS, MemoryPlan, checkpointed_blocks
+
+OPTIMIZER = 4
+"""Tensors of a LoRA parameter's size: itself, its gradient, and two moments of AdamW."""
 
 
 @dataclass(frozen=True)
-class Kept:
-    """Bytes that one backward pass waits for.
+class Borrowed:
+    """Peak bytes of a piece of work beside the weights.
 
     Attributes:
         whole: Without checkpoints.
-        checkpointed: With every block checkpointed: all blocks' inputs, and all of the largest block.
-        block: The largest block's frozen weights.
+        checkpointed: With every block checkpointed.
     """
 
     whole: int
     checkpointed: int
-    block: int
 
 
 @dataclass(frozen=True)
@@ -44,37 +49,69 @@ class Estimate:
     """Bytes of a run.
 
     Attributes:
-        text, denoiser, blocks, vae, reward: Weights; ``blocks`` are those of ``denoiser`` that could be offloaded.
-        replay: One guidance branch of one solver step.
-        judge: One chunk of the VAE's decoder.
-        carried: What the decoder carries between all chunks; waits in main memory when there is a GPU.
+        text, denoiser, vae, reward: Weights; of a denoiser with several experts, the one at work.
+        blocks: Those of ``denoiser`` that could be offloaded.
+        block: Those of its largest block.
+        lora: All LoRAs, their gradients and their optimizer.
+        rollout: One guidance branch of one solver step, without gradient.
+        replay: One guidance branch of one solver step, there and back.
+        judge: One chunk of the VAE's decoder, there and back, and the frames.
+        boundary: What the decoder carries from one chunk to the next.
+        boundaries: How many of these there are.
+        resting: Weights that only ever rest, such as a second expert's.
+        main_memory: Whether all of it is computed in main memory, where every weight is all the time, and what the
+            decoder carries too, which else waits there for a GPU.
     """
 
     text: int
     denoiser: int
     blocks: int
+    block: int
+    lora: int
     vae: int
     reward: int
-    replay: Kept
-    judge: Kept
-    carried: int
+    rollout: int
+    replay: Borrowed
+    judge: Borrowed
+    boundary: int
+    boundaries: int
+    resting: int = 0
+    main_memory: bool = False
+
+    @property
+    def weights(self) -> int:
+        return self.text + self.denoiser + self.vae + self.reward + self.resting
+
+    def carried(self, plan: MemoryPlan) -> int:
+        """What the decoder carries between its chunks, as far as it waits for the way back."""
+        if not plan.checkpoint_vae or not self.boundaries:
+            return self.boundaries * self.boundary
+        every = sparse(self.boundaries + 1)
+        return (self.boundaries // every + every - 1) * self.boundary
 
     def phases(self, plan: MemoryPlan) -> dict[str, int]:
         """Bytes on the device in each phase under a plan."""
+        rollout = self.rollout * (2 if plan.batched_guidance else 1)
         replay = self.replay.checkpointed if plan.checkpoint_blocks else self.replay.whole
         judge = self.judge.checkpointed if plan.checkpoint_vae else self.judge.whole
-        denoiser = self.denoiser - self.blocks + self.replay.block if plan.offload else self.denoiser
+        if self.main_memory:
+            there = self.weights + self.lora
+            judge += self.carried(plan)
+            return {"text": there, "rollout": there + rollout, "judge": there + judge, "replay": there + replay}
+        denoiser = self.denoiser - self.blocks + 2 * self.block if plan.offload else self.denoiser
         judges = self.vae + self.reward
-        both = 0 if plan.swap else 1
-        return {
-            "text": self.text,
-            "replay": denoiser + replay + both * judges,
-            "judge": judges + judge + both * denoiser,
-        }
+        walking = denoiser + self.lora + (0 if plan.swap else judges)
+        judging = judges + self.lora + (0 if plan.swap else denoiser)
+        return {"text": self.text, "rollout": walking + rollout, "judge": judging + judge, "replay": walking + replay}
 
     def peak(self, plan: MemoryPlan) -> int:
         """The largest phase."""
         return max(self.phases(plan).values())
+
+    def fitting(self, free: int) -> MemoryPlan | None:
+        """The fastest plan that fits into so many bytes, or None. In main memory the weights are there already."""
+        free += self.weights if self.main_memory else 0
+        return next((plan for plan in PLANS if self.peak(plan) <= free), None)
 
     def table(self, free: int) -> str:
         """Gigabytes by phase and plan, and the fastest plan that fits into ``free`` bytes, in words."""
@@ -83,128 +120,156 @@ class Estimate:
             sizes = (*self.phases(plan).values(), self.peak(plan))
             lines.append(f"{plan.name:10}" + "".join(f"{size / 1e9:9.2f}" for size in sizes))
         best = self.fitting(free)
-        words = f"memory {best.name} fits" if best else "nothing fits: take fewer or smaller frames, or float8"
-        carried = f"; {self.carried / 1e9:.2f} GB of the decoder's features wait in main memory" if self.carried else ""
-        return "\n".join([*lines, f"{words} into the {free / 1e9:.1f} GB free{carried}"])
+        words = f"memory {best.name} fits" if best else f"nothing fits: {LESS}"
+        carried = f"; {_gb(self.carried(best or PLANS[-1]))} of the decoder's features wait in main memory"
+        return "\n".join([*lines, f"{words} into {self._room(free)}{'' if self.main_memory else carried}"])
 
-    def fitting(self, free: int) -> MemoryPlan | None:
-        """The fastest plan that fits into so many bytes, or None."""
-        return next((plan for plan in PLANS if self.peak(plan) <= free), None)
+    def line(self, plan: MemoryPlan, free: int) -> str:
+        """What a run under a plan needs, where most, what is free, and what to change if that is too little."""
+        phases = self.phases(plan)
+        largest = max(phases, key=phases.__getitem__)
+        words = f"memory: {plan.name} needs about {_gb(phases[largest])}, most to {VERBS[largest]}; {self._room(free)}"
+        if phases[largest] <= free + (self.weights if self.main_memory else 0):
+            return words
+        best = self.fitting(free)
+        return f"{words}; that is too little: " + (f"set memory to {best.name}" if best else LESS)
+
+    def _room(self, free: int) -> str:
+        there = f" and {_gb(self.weights)} of weights that are there" if self.main_memory else ""
+        return f"{_gb(free)} free{there}"
 
 
-def estimate(model: VideoModel, reward: Reward | None, config: TrainConfig, text: Tensor) -> Estimate:
+VERBS = {"text": "encode the text", "rollout": "sample", "judge": "judge the frames", "replay": "replay a solver step"}
+LESS = "take fewer or smaller frames, a smaller batch_size, fewer judged_latents, or float8"
+
+
+def _gb(size: int) -> str:
+    return f"{size / 1e9:.2f} GB" if size < 1e10 else f"{size / 1e9:.1f} GB"
+
+
+def estimate(
+    model: VideoModel, reward: Reward | None, config: TrainConfig, text: Tensor, device: torch.device | str = "cpu"
+) -> Estimate:
     """Count what training with these settings needs.
 
     Args:
-        model: Loaded, wherever its weights lie; LoRAs to be trained need not be in it.
+        model: Loaded, wherever its weights lie; with the LoRAs to be trained, or without any.
         reward: Its weights are counted if it keeps them in attributes.
         config: Settings with every default filled in.
         text: One embedding ``[L, D]``, as ``encode_text`` gives.
+        device: Where it will be computed.
     """
+    device = torch.device(device)
     shape = model.spec.latent_shape(config.width, config.height, config.frames)
     latents = torch.zeros(config.batch_size, *shape, device="meta")
     sigma = model.sigmas(config.sampler_steps)[0]
-    branch = model.conditioning([text] * config.batch_size, None, shape).positive
-    branch = {name: value.to("meta") for name, value in branch.items()}
     network = model.denoisers[model.spec.expert_at(sigma)]
-    replay = _kept(network, lambda: model.predict(latents.requires_grad_(), sigma, branch))
-    part = latents[:, :, : config.judged_latents or None].detach()
-    judge, carried = _of_decoder(model, part)
-    blocks = sum(_bytes(block) for block in blocks_of(network))
+    with ExitStack() as undo:
+        if not any(parameter.requires_grad for parameter in network.parameters()):
+            undo.callback(inject_new(network, config.lora_targets, config.rank, config.network_alpha, 0).remove)
+        branch = model.conditioning([text] * config.batch_size, None, shape).positive
+        branch = {name: value.to("meta") for name, value in branch.items()}
+        lora = sum(p.nbytes for p in network.parameters() if p.requires_grad)
+        blocks = [_bytes(block, frozen=True) for block in blocks_of(network)]
+        rollout, replay = _walk(model, network, latents, sigma, branch, device)
+        denoiser = _bytes(network, frozen=True)
+        if config.float8 and not any(p.dtype == FLOAT8 for p in network.parameters()):
+            # Not stored so yet: half or a quarter of the bytes, and while it works, a block as it was; autograd keeps
+            # every block's unless they are checkpointed.
+            replay = Borrowed(replay.whole + sum(blocks), replay.checkpointed + max(blocks, default=0))
+            saved = sum(_saved_by_float8(block) for block in blocks_of(network))
+            denoiser -= saved
+            blocks = [size * (1 - saved / max(1, sum(blocks))) for size in blocks]
+    view = config.view_at(0, False)
+    part = latents[:, :, : config.judged_latents or None] if view.latent_choice == "first" else latents
+    judge, boundary = _judge(model, part, device)
+    experts = len(config.experts)
     return Estimate(
         text=_bytes(getattr(model, "text_encoder", None)),
-        denoiser=_bytes(network),
-        blocks=blocks,
+        denoiser=denoiser,
+        blocks=int(sum(blocks)),
+        block=int(max(blocks, default=0)),
+        lora=OPTIMIZER * lora * experts,
         vae=_bytes(model.vae),
-        reward=sum(_bytes(value) for value in vars(reward).values() if isinstance(value, nn.Module)) if reward else 0,
+        reward=sum(_bytes(value) for value in vars(reward).values()) if reward else 0,
+        rollout=rollout,
         replay=replay,
         judge=judge,
-        carried=carried,
+        boundary=boundary,
+        boundaries=len(model.chunks(part.shape[2])) - 1 if boundary else 0,
+        resting=sum(_bytes(other, frozen=True) for other in model.denoisers.values() if other is not network),
+        main_memory=device.type == "cpu",
     )
 
 
-def _of_decoder(model: VideoModel, latents: Tensor) -> tuple[Kept, int]:
-    """The chunk that keeps most, and what is carried over all boundaries."""
-    parts = latents.split(list(model.chunks(latents.shape[2])), dim=2)
-    kept, carried_bytes, carried = [], 0, ()
-    for index, part in enumerate(parts[:3]):  # the first chunk is short; from the third on all are alike
-        taken: list[Carried] = []
+def _walk(
+    model: VideoModel, network: nn.Module, x: Tensor, sigma: Tensor, branch: Mapping[str, Tensor], device: torch.device
+) -> tuple[int, Borrowed]:
+    """Peak of one guidance branch without gradient, and of one there and back."""
+    with _counted(network, device) as live, torch.no_grad():
+        model.predict(x, sigma, branch)
+    peaks = []
+    for checkpointed in (False, True):
+        leaf = x.detach().requires_grad_()
+        with _counted(network, device) as there_and_back, checkpointed_blocks(model, checkpointed), torch.enable_grad():
+            for parameter in network.parameters():  # a LoRA's gradients are counted with it
+                parameter.grad = torch.empty_like(parameter) if parameter.requires_grad else None
+                there_and_back.leave_out([parameter.grad] if parameter.requires_grad else [])
+            prediction = model.predict(leaf, sigma, branch)
+            prediction.backward(torch.empty_like(prediction))
+        peaks.append(there_and_back.most)
+    return live.most, Borrowed(*peaks)
 
-        def run(part: Tensor = part, carried: Carried = carried, taken: list = taken) -> Tensor:
-            frames, after = model.decode_chunk(part.requires_grad_(), carried)
-            taken.append(tuple(entry.detach() if isinstance(entry, Tensor) else entry for entry in after))
-            return frames
 
-        kept.append(_kept(model.vae, run))
-        (carried,) = taken
-        size = sum(entry.nbytes for entry in carried if isinstance(entry, Tensor))
-        carried_bytes += size * (len(parts) - 3 if index == 2 else 1) if index < len(parts) - 1 else 0
-    largest = max(kept, key=lambda found: found.whole)
-    return largest, carried_bytes
+def _judge(model: VideoModel, latents: Tensor, device: torch.device) -> tuple[Borrowed, int]:
+    """Peak of a chunk's decoding and of the way back through it, with all frames and their gradients; one boundary."""
+    lengths = list(model.chunks(latents.shape[2]))
+    parts, given, carried, frames, peaks = latents.split(lengths, dim=2), (), (), 0, []
+    with _counted(model.vae, device) as live:
+        for part in parts[:3]:  # the first chunk is short; from the third on all are alike
+            given = tuple(own(entry) for entry in carried)
+            with torch.no_grad():
+                clip, carried = model.decode_chunk(part, given)
+            frames += clip.nbytes
+        upstream = [torch.empty_like(e) if isinstance(e, Tensor) else None for e in carried] if len(parts) > 2 else ()
+        at_frames = torch.empty_like(clip)
+        del clip, carried
+        before = sum(entry.nbytes for entry in given if isinstance(entry, Tensor))
+        for save_memory in (False, True):
+            live.most = live.now
+            Decoder(model, silent, save_memory)._chunk_gradient(part, given, at_frames, upstream)
+            # On a GPU what was carried waits elsewhere, and what is at work is a copy of it.
+            peaks.append(live.most - (before if device.type == "cpu" else 0))
+    frames = frames * latents.shape[2] // sum(lengths[:3])
+    return Borrowed(*(peak + 2 * frames for peak in peaks)), before
 
 
-def _kept(network: nn.Module, run: Callable[[], Tensor]) -> Kept:
-    """What ``run``, which calls the network, keeps for its backward pass."""
-    saved = _Saved()
-    blocks = [block for module in network.modules() for block in blocks_of(module)]
-    blocks = [block for block in blocks if not any(block is not other and _holds(other, block) for other in blocks)]
-    inputs, inside = 0, [0]
-    handles = []
+@contextmanager
+def _counted(network: nn.Module, device: torch.device) -> Iterator[LiveBytes]:
+    """A block in which the network's work is counted and nothing is computed."""
+    with _on_meta(network), _efficient_attention(), LiveBytes(device.type) as live:
+        live.leave_out([*network.parameters(), *network.buffers()])
+        yield live
 
-    def before(_: nn.Module, args: tuple, kwargs: Mapping) -> None:
-        nonlocal inputs
-        inputs += max((v.nbytes for v in (*args, *kwargs.values()) if isinstance(v, Tensor)), default=0)
-        inside.append(-saved.total)
 
-    def after(*_: object) -> None:
-        inside[-1] += saved.total
+@contextmanager
+def _efficient_attention() -> Iterator[None]:
+    """Attention as memory-efficient kernels save it: never the matrix of weights, which only the plain one makes.
 
-    for block in blocks:
-        handles += [
-            block.register_forward_pre_hook(before, with_kwargs=True),
-            block.register_forward_hook(after),
-        ]
-    hooks = torch.autograd.graph.saved_tensors_hooks(saved, lambda tensor: tensor)
+    A mode would not reach what is computed again on the way back.
+    """
+    real = F.scaled_dot_product_attention
+
+    def attention(query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if query.device.type != "meta":
+            return real(query, key, value, *args, **kwargs)
+        return _Attention.apply(query, key, value)
+
+    F.scaled_dot_product_attention = attention
     try:
-        with _on_meta(network), _EfficientAttention(), torch.enable_grad(), hooks:
-            saved.leave_out(network.parameters())
-            run()
+        yield
     finally:
-        for handle in handles:
-            handle.remove()
-    weights = max((sum(p.nbytes for p in block.parameters()) for block in blocks), default=0)
-    return Kept(saved.total, saved.total - sum(inside) + inputs + max(inside), weights)
-
-
-class _Saved:
-    """Counts every storage that autograd saves, once; weights and views of them are left out."""
-
-    def __init__(self) -> None:
-        self.total = 0
-        self._seen: list[Tensor] = []  # held, so that no address is used twice
-        self._known: set[int] = set()
-
-    def leave_out(self, tensors: Iterable[Tensor]) -> None:
-        for tensor in tensors:
-            self._seen.append(tensor)
-            self._known.add(tensor.untyped_storage()._cdata)
-
-    def __call__(self, tensor: Tensor) -> Tensor:
-        key = tensor.untyped_storage()._cdata
-        if key not in self._known:
-            self.leave_out([tensor])
-            self.total += tensor.untyped_storage().nbytes()
-        return tensor
-
-
-class _EfficientAttention(TorchFunctionMode):
-    """Attention as memory-efficient kernels save it: never the matrix of weights, which only the plain one makes."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is F.scaled_dot_product_attention:
-            given = dict(zip(("query", "key", "value"), args, strict=False)) | (kwargs or {})
-            return _Attention.apply(given["query"], given["key"], given["value"])
-        return func(*args, **(kwargs or {}))
+        F.scaled_dot_product_attention = real
 
 
 class _Attention(torch.autograd.Function):
@@ -216,7 +281,8 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple:
-        raise NotImplementedError("only counted, never run")
+        query, key, value, *_ = ctx.saved_tensors
+        return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
 
 
 @contextmanager
@@ -240,11 +306,14 @@ def _on_meta(network: nn.Module) -> Iterator[None]:
             table[name] = value
 
 
-def _holds(outer: nn.Module, inner: nn.Module) -> bool:
-    return any(module is inner for module in outer.modules())
-
-
-def _bytes(module: object) -> int:
+def _bytes(module: object, frozen: bool = False) -> int:
+    """Of a module's parameters and buffers; of the frozen ones alone on request. 0 of anything else."""
     if not isinstance(module, nn.Module):
         return 0
-    return sum(tensor.nbytes for tensor in (*module.parameters(), *module.buffers()))
+    return sum(t.nbytes for t in (*module.parameters(), *module.buffers()) if not (frozen and t.requires_grad))
+
+
+def _saved_by_float8(block: nn.Module) -> int:
+    """Bytes that storing a block in float8 saves (:func:`..block_weights.in_float8`)."""
+    matrices = (m.weight for name, m in block.named_modules() if isinstance(m, nn.Linear) and ".lora_" not in name)
+    return sum(w.nbytes - w.numel() - 4 * len(w) for w in matrices if not w.requires_grad)

@@ -24,7 +24,7 @@ from .gradient import Anchor, Walk, replay, rollout
 from .guards import MotionGuard, conflicts, score_clips
 from .inputs import Inputs
 from .judge import Judgement, View, judge, seen_frames
-from .memory import PLANS, MemoryPlan, Placement, checkpointed_blocks, plan_for, smaller
+from .memory import PLANS, MemoryPlan, Placement, checkpointed_blocks, free_memory, plan_for, smaller
 from .sample import sample
 from .schedule import Plan
 from .seeds import seed_for
@@ -120,15 +120,26 @@ class Learner:
 
     def estimate(self) -> Estimate:
         """What the run needs; :meth:`prepare` must have been called."""
-        return estimate(self._model, self._reward, self._config, self._inputs.any_text())
+        return estimate(self._model, self._reward, self._config, self._inputs.any_text(), self._device)
 
     def _fitting(self) -> MemoryPlan:
-        """The plan in force, or on a GPU with ``memory: auto`` the fastest that should fit, with some room to spare."""
-        if self._config.memory != "auto" or self._device.type != "cuda" or self._config.shard:
+        """The plan in force, or on a GPU with ``memory: auto`` the fastest that should fit, with some room to spare.
+
+        Says what it needs and what there is, if anybody listens.
+        """
+        chooses = self._config.memory == "auto" and self._device.type == "cuda"
+        if self._config.shard or not (chooses or log.isEnabledFor(logging.INFO)):
             return self.plan
-        free, _ = torch.cuda.mem_get_info(self._device)
-        fitting = self.estimate().fitting(int(ROOM * free)) or PLANS[-1]
-        return max(self.plan, fitting, key=PLANS.index)
+        try:
+            found = self.estimate()
+        except (RuntimeError, NotImplementedError, TypeError, ValueError) as error:
+            log.warning("the memory this run needs cannot be estimated: %s", str(error).partition("\n")[0])
+            return self.plan
+        free, plan = free_memory(self._device), self.plan
+        if chooses:
+            plan = max(plan, found.fitting(int(ROOM * free)) or PLANS[-1], key=PLANS.index)
+        log.info(found.line(plan, free))
+        return plan
 
     def rest(self) -> None:
         """Leave the device."""

@@ -25,10 +25,12 @@ class MemoryPlan:
     Attributes:
         name: As the setting ``memory`` calls it.
         checkpoint_blocks: In the replay, keep each block's input alone and compute the rest again.
-        checkpoint_vae: The same in the VAE's decoder, while the judge takes its gradient.
+        checkpoint_vae: The same in the VAE's decoder, while the judge takes its gradient; and of what it carries from
+            chunk to chunk, keep every n-th boundary alone and compute the rest again (:func:`.decoding.sparse`).
         batched_guidance: Both guidance branches in one call of the rollout. (The replay takes them one by one.)
         swap: Have on the device only what a phase needs: the denoiser to walk, VAE and reward to judge.
-        offload: The frozen weights of the denoiser's blocks stay in main memory and visit the device one by one.
+        offload: The frozen weights of the denoiser's blocks stay in main memory and visit the device one by one,
+            the next on its way while one works.
     """
 
     name: str
@@ -65,6 +67,16 @@ def smaller(plan: MemoryPlan) -> MemoryPlan | None:
     """The next smaller plan, or None."""
     index = PLANS.index(plan) + 1
     return PLANS[index] if index < len(PLANS) else None
+
+
+def free_memory(device: torch.device | str) -> int:
+    """Bytes that a run may use: free ones of a GPU, available ones of main memory."""
+    device = torch.device(device)
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    import psutil
+
+    return psutil.virtual_memory().available
 
 
 class Placement:
