@@ -11,6 +11,7 @@ import numpy as np
 
 from ..training.config import TrainConfig
 from ..training.events import Evaluation, StepEvent
+from ..training.run_sweep import STRENGTHS
 from ..training.trainer import Trainer
 from .bridge import Progress
 
@@ -98,6 +99,7 @@ class LiveTraining(Progress):
         """By the mean time of the last steps, and for each evaluation to come that of the last one."""
         coming = range(self._step + 1, self._config.steps + 1)
         evaluations = sum(self._config.evaluates_after(step) for step in coming)
+        evaluations += len(STRENGTHS) if self._config.sweep and self._evaluation_seconds else 0
         spent = min(self._mean(), time.monotonic() - self._began)
         return max(0.0, len(coming) * self._mean() + evaluations * self._evaluation_seconds - spent)
 
