@@ -14,6 +14,7 @@ from ..reward_models import all_rewards, load_reward
 from ..reward_models.mixture import Combination, Mixture, MixtureSettings
 from ..reward_models.protocol import Reward
 from ..reward_models.spelling import Term, parse
+from ..training.job import RewardSource
 from . import folders
 from .bridge import downloading, engine, patience, say
 from .types import LoadedReward, RewardType
@@ -116,7 +117,22 @@ class LoadReward(io.ComfyNode):
         terms = spelling.terms if spelling else (Term(name),)
         say(_about(terms), node)
         what = [mixture.strip() or name, path or "builtin", *(f"{key}={value}" for key, value in given.items())]
-        return io.NodeOutput(LoadedReward(reward if device == DEFAULT else Pinned(reward), " ".join(what)))
+        if device != DEFAULT:
+            return io.NodeOutput(LoadedReward(Pinned(reward), " ".join(what)))
+        options = ({"path": path} if path else {}) | given
+        text = mixture.strip() or f"{name}[{', '.join(f'{key}={value}' for key, value in options.items())}]"
+        again = RewardSource(text if mixture.strip() or options else name, search=tuple(map(str, search)))
+        readable = bool(mixture.strip()) or _reads(again.text, name, options)
+        return io.NodeOutput(LoadedReward(reward, " ".join(what), again if readable else None))
+
+
+def _reads(text: str, name: str, options: Mapping[str, str]) -> bool:
+    """Whether a spelling is read as what was meant; a path with a comma in it is not."""
+    try:
+        terms = parse(text).terms
+    except ValueError:
+        return False
+    return len(terms) == 1 and (terms[0].name, dict(terms[0].options)) == (name, dict(options))
 
 
 def _devices() -> list[str]:
@@ -235,7 +251,10 @@ class CombineRewards(io.ComfyNode):
             settings = MixtureSettings(combine, temperature, normalised, balanced)
             mixture = Mixture([each.reward for each in loaded], weights, settings)
         say(mixture.name, cls.hidden.unique_id)
-        pairs = zip(loaded, weights, strict=True)
-        return io.NodeOutput(
-            LoadedReward(mixture, settings.spell("+".join(f"{each.identity}*{weight:g}" for each, weight in pairs)))
-        )
+        pairs = list(zip(loaded, weights, strict=True))
+        identity = settings.spell("+".join(f"{each.identity}*{weight:g}" for each, weight in pairs))
+        source = None
+        if all(each.source for each in loaded):
+            text = settings.spell("+".join(f"{each.source.text}*{weight!r}" for each, weight in pairs))
+            source = RewardSource(text, search=tuple(dict.fromkeys(p for each in loaded for p in each.source.search)))
+        return io.NodeOutput(LoadedReward(mixture, identity, source))

@@ -106,6 +106,15 @@ class TrainRewardLora(io.ComfyNode):
                     optional=True,
                     tooltip="Of a model with two experts, the other one's LoRA to begin with.",
                 ),
+                io.Int.Input(
+                    "devices",
+                    default=1,
+                    min=1,
+                    max=64,
+                    optional=True,
+                    tooltip="How many GPUs, from the first, train together, each on videos of its own, in processes "
+                    "that load the model themselves; on a CPU, so many processes. 1 trains in ComfyUI itself.",
+                ),
             ],
             outputs=[
                 LoraType.Output(
@@ -168,6 +177,7 @@ class TrainRewardLora(io.ComfyNode):
         resume_from: str = NEW,
         start_lora: LoraFile | None = None,
         start_second_lora: LoraFile | None = None,
+        devices: int = 1,
         **widgets,
     ) -> io.NodeOutput:
         with engine():
@@ -187,6 +197,6 @@ class TrainRewardLora(io.ComfyNode):
             )
             resume = None if resume_from == NEW else folders.run_folder(resume_from)
             start = [lora for lora in (start_lora, start_second_lora) if lora is not None]
-            run = TrainingRun(video_model, reward, examples, samples, config, prefix, heldout, resume, start)
+            run = TrainingRun(video_model, reward, examples, samples, config, prefix, heldout, resume, start, devices)
             with LiveTraining(config, cls.hidden.unique_id) as live:
                 return run.execute(live)

@@ -12,7 +12,12 @@ from pathlib import Path
 
 import folder_paths
 import numpy as np
-from comfy.model_management import InterruptProcessingException
+import torch
+from comfy.model_management import (
+    InterruptProcessingException,
+    soft_empty_cache,
+    throw_exception_if_processing_interrupted,
+)
 from comfy_api.latest import io
 from comfy_execution.graph import ExecutionBlocker
 from PIL import Image
@@ -24,10 +29,12 @@ from ..lora.files import LoraFile, read_lora
 from ..training.config import TrainConfig
 from ..training.events import Evaluation
 from ..training.examples import Example
+from ..training.job import Job
 from ..training.media import contact_sheet, write_png
 from ..training.run_folder import SHOWN
 from ..training.run_loras import checkpoint_steps
 from ..training.trainer import Trainer
+from ..training.workers import Workers
 from . import folders
 from .bridge import lent, picture_to_image, to_images
 from .live import LiveTraining, ShownTrainer
@@ -50,9 +57,10 @@ class TrainingRun:
         heldout: Rewards that are not trained on and tell the guards what the trained one is worth.
         resume: The folder of a run to go on with; None is found by the settings.
         start: LoRAs whose weights a new run begins with.
+        devices: How many train together; above 1, in processes of their own.
 
     Raises:
-        ValueError: A prefix that leads away, or a run that cannot go on.
+        ValueError: A prefix that leads away, a run that cannot go on, or a model that no other process can load.
     """
 
     def __init__(
@@ -66,8 +74,15 @@ class TrainingRun:
         heldout: Sequence[LoadedReward] = (),
         resume: Path | None = None,
         start: Sequence[LoraFile] = (),
+        devices: int = 1,
     ) -> None:
         self.loaded, self.prompts, self.config = loaded, prompts, config
+        self.devices, self.sources = devices, [one.source for one in (loaded, reward, *heldout)]
+        if devices > 1 and None in self.sources:
+            raise ValueError(
+                "several devices train in processes that load model and rewards themselves; that needs Load Video "
+                "Model, with or without (files), and Load Reward with device 'default' and a path without , [ ] and ="
+            )
         self.reward = replace(reward, reward=copy(reward.reward))  # what a mixture learns of its terms stays here
         self.heldout = [judge.reward for judge in heldout]
         self.samples = (samples or prompts)[: config.sample_count]
@@ -102,11 +117,12 @@ class TrainingRun:
         model, config = self.loaded.model, self.config
         cache = Path(folder_paths.get_temp_directory(), "reward_lora_text")
         with lent(model, self.reward.reward) as device, applied(model, self.loaded.uses):
+            alone = config if self.devices == 1 else replace(config, shard=False)
             trainer = ShownTrainer(
                 model,
                 self.reward.reward,
                 self.prompts,
-                config,
+                alone,
                 self.folder,
                 sample_prompts=self.samples,
                 heldout=self.heldout,
@@ -116,6 +132,8 @@ class TrainingRun:
                 tick=progress,
             )
             trainer.live = progress
+            if self.devices > 1:
+                trainer = self._workers(trainer, device, cache, progress)
             made, seconds, skipped = self._follow(trainer, progress)
             paths = trainer.result_paths
             if paths != list(trainer.lora_paths.values()):
@@ -142,7 +160,19 @@ class TrainingRun:
             ui={"images": folders.listed(overview), "files": folders.listed(*kept), "text": [summary]},
         )
 
-    def _follow(self, trainer: Trainer, progress: LiveTraining) -> tuple[int, float, int]:
+    def _workers(self, trainer: Trainer, device: torch.device, cache: Path, progress: LiveTraining) -> Workers:
+        """The same in a process for each device; what is here makes room for them."""
+        for part in (self.loaded.model, self.reward.reward, *self.heldout):
+            if hasattr(part, "to") and device.type != "cpu":
+                part.to("cpu")
+        soft_empty_cache()
+        model, reward, *heldout = self.sources
+        job = Job(model, reward, self.prompts, self.config, self.folder, self.samples, heldout, self.loaded.uses,
+                  self.start, device.type, cache)  # fmt: skip
+        return Workers(job, self.devices, tick=progress, beat=throw_exception_if_processing_interrupted,
+                       say=progress.say, evaluate=trainer.evaluate)  # fmt: skip
+
+    def _follow(self, trainer: Trainer | Workers, progress: LiveTraining) -> tuple[int, float, int]:
         """Make the steps and show them. Gives the steps made now, their seconds, and how many were skipped."""
         made, seconds, skipped, drawn = 0, 0.0, 0, 0.0
         try:

@@ -11,6 +11,7 @@ from comfy_api.latest import io
 from ..lora.adapter import LoraUse
 from ..lora.files import LoraFile
 from ..reward_models.protocol import Reward
+from ..training.job import ModelSource, RewardSource
 from ..video_models.protocol import VideoModel
 
 VideoModelType = io.Custom("REWARD_LORA_VIDEO_MODEL")
@@ -30,11 +31,13 @@ class LoadedModel:
         model: Loaded once, shared.
         identity: What was loaded, and in which number type.
         uses: LoRAs in the order they were applied.
+        source: How another process can load it; None if it cannot.
     """
 
     model: VideoModel
     identity: str
     uses: tuple[LoraUse, ...] = ()
+    source: ModelSource | None = None
 
     def with_lora(self, use: LoraUse) -> LoadedModel:
         return dataclasses.replace(self, uses=(*self.uses, use))
@@ -52,10 +55,12 @@ class LoadedReward:
     Attributes:
         reward: Loaded once, shared.
         identity: Its name and path.
+        source: How another process can load it; None if it cannot.
     """
 
     reward: Reward
     identity: str
+    source: RewardSource | None = None
 
 
 def lora_digest(lora: LoraFile) -> str:

@@ -6,6 +6,7 @@ import comfy.model_management
 import folder_paths
 from comfy_api.latest import io
 
+from ..training.job import ModelSource
 from ..video_models import BUILTIN, ModelFiles, load_video_model
 from . import folders
 from .bridge import downloading, engine, patience, say
@@ -53,7 +54,11 @@ def _load(source: str | ModelFiles, title: str, dtype: str, download: bool, node
     facts += f", experts {', '.join(spec.experts)}" if spec.boundary else ""
     facts += f"; recipe {spec.recipe}" if spec.recipe else ""
     say(facts, node)
-    return io.NodeOutput(LoadedModel(model, f"{title} {dtype}"), ui={"text": [facts]})
+    again = source
+    if isinstance(source, ModelFiles):
+        again = {role: str(path) for role, path in vars(source).items() if path is not None}
+    where = ModelSource(again, dtype, tuple(map(str, folders.video_model_roots())))
+    return io.NodeOutput(LoadedModel(model, f"{title} {dtype}", source=where), ui={"text": [facts]})
 
 
 class LoadVideoModel(io.ComfyNode):

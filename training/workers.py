@@ -75,7 +75,7 @@ class Workers:
         result_paths: What the run gives; see :attr:`.trainer.Trainer.result_paths`. Known at its end.
 
     Raises:
-        ValueError: More processes than GPUs; while iterating, what a worker refuses.
+        ValueError: More processes than GPUs, or another kind of device; while iterating, what a worker refuses.
         TrainingStopped: While iterating: a worker has failed; what was learned up to then is saved.
     """
 
@@ -92,6 +92,8 @@ class Workers:
     def __post_init__(self) -> None:
         if self.processes < 1:
             raise ValueError(f"devices must be at least 1, got {self.processes}")
+        if self.job.device not in ("cpu", "cuda"):
+            raise ValueError(f"several devices train on CUDA's GPUs or on the CPU, not on {self.job.device}")
         if self.job.device == "cuda" and self.processes > torch.cuda.device_count():
             raise ValueError(
                 f"devices must be at most {torch.cuda.device_count()}, the GPUs that are visible here, "
