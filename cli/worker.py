@@ -62,11 +62,13 @@ def _work(path: Path, wire: Wire) -> None:
             for line in announcement(trainer, group):
                 say(line)
             wire.at_work = True
-            wire.send("ready", reward=trainer.reward.name, lora_paths=paths)
+            if group.leads:
+                wire.send("ready", reward=trainer.reward.name, lora_paths=paths)
             for event in trainer:
                 if group.leads:
                     wire.send("event", event=pack(event, path.parent))
-            wire.send("result", paths=[str(path) for path in trainer.result_paths])
+            if group.leads:
+                wire.send("result", paths=[str(path) for path in trainer.result_paths])
 
 
 @contextmanager

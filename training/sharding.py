@@ -30,12 +30,16 @@ def mesh_of(group: Group, device: str) -> DeviceMesh:
     """All processes of a group, as :func:`shard` takes them. They must make it together.
 
     Raises:
-        ValueError: There is one process alone, or this PyTorch cannot shard.
+        ValueError: There is one process alone, or this PyTorch cannot do it.
     """
     if group.size == 1:
         raise ValueError(ALONE)
     if tuple(int(part) for part in torch.__version__.split(".")[:2]) < (2, 7):
         raise ValueError(f"shard needs PyTorch 2.7 or newer, this is {torch.__version__}")
+    if device.startswith("cuda") and not torch.distributed.is_nccl_available():
+        raise ValueError(
+            "shard needs NCCL on GPUs, which this PyTorch lacks (on Windows there is none); leave shard out"
+        )
     from torch.distributed.device_mesh import init_device_mesh
 
     return init_device_mesh(torch.device(device).type, (group.size,))

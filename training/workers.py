@@ -76,7 +76,8 @@ class Workers:
 
     Raises:
         ValueError: More processes than GPUs, or another kind of device; while iterating, what a worker refuses.
-        TrainingStopped: While iterating: a worker has failed; what was learned up to then is saved.
+        TrainingStopped: While iterating: a worker has failed; unless it was the leader that was killed, what was
+            learned up to then is saved.
     """
 
     job: Job
@@ -174,7 +175,8 @@ class Workers:
 
         def read() -> None:
             for line in process.stdout:
-                messages.put((rank, json.loads(line)))
+                with suppress(ValueError):  # the last line of one that was killed while it wrote
+                    messages.put((rank, json.loads(line)))
             process.wait()
             messages.put((rank, None))
 
@@ -273,8 +275,10 @@ def _reason(workers: Sequence[Worker]) -> Exception:
     if order[kind] == "refused":
         return ValueError(text)
     if order[kind] == "failed":
+        orderly = workers[0].process.returncode >= 0 and not workers[0].ended
+        safe = "what was learned is saved" if orderly else "what was learned up to the last checkpoint is saved"
         text = (
             f"process {rank} of {len(workers)} (counted from 0) failed: {text}; the whole story is in "
-            f"{workers[rank].log}; what was learned is saved: run the same again to go on"
+            f"{workers[rank].log}; {safe}: run the same again to go on"
         )
     return TrainingStopped(text)
