@@ -5,9 +5,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import yaml
-from reward_lora.training.config import TrainConfig
-
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -28,14 +25,3 @@ def test_training_workflow_shows_prompts_it_does_not_train_on():
     inputs = training_inputs()
     assert inputs["prompt_file"] == "builtin"
     assert set(inputs["sample_prompts"].splitlines()) <= set(unseen)
-
-
-def test_training_workflow_follows_the_recipe_of_the_built_in_model():
-    recipe = yaml.safe_load((ROOT / "recipes" / "builtin.yaml").read_text(encoding="utf-8"))["config"]
-    inputs, settings = training_inputs(), TrainConfig().to_dict()
-    for name in settings.keys() & inputs.keys():
-        settings[name] = inputs[name]
-    for name in ("strategy", "num_steps", "coupling"):
-        settings["backprop"][name] = inputs[f"backprop_{name}"]
-    settings |= yaml.safe_load(inputs["advanced"])
-    assert TrainConfig.from_dict(settings).fingerprint() == TrainConfig.from_dict(recipe).fingerprint()
