@@ -8,6 +8,8 @@ import math
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
+from torch import Tensor
+
 from ..files import canonical_json
 from ..video_models.protocol import ModelSpec
 from .guards import PRESETS, Preset
@@ -279,6 +281,23 @@ class TrainConfig:
         seed = seed_for("frames", self.seed, draw)
         return View(self.judged_latents, self.judged_frames, self.judged_choice, save_memory, seed, self.augment or 0,
                     self.judged_from, self.judged_weights)  # fmt: skip
+
+    def trainable_steps(self, spec: ModelSpec, sigmas: Tensor) -> tuple[int, ...]:
+        """The solver steps at which a network with a LoRA works, of a walk along ``sigmas``.
+
+        Raises:
+            ValueError: The schedule finds none, or an expert has none.
+        """
+        works = [spec.expert_at(sigma) for sigma in sigmas[:-1]]
+        steps = tuple(i for i, expert in enumerate(works) if expert in self.experts)
+        self.backprop.check(len(works), steps)
+        for expert in self.experts:
+            if expert not in works:
+                raise ValueError(
+                    f"none of the {len(works)} solver steps falls to the expert {expert}, so it cannot be trained; "
+                    "take more steps or train the other"
+                )
+        return steps
 
     def evaluates_after(self, step: int) -> bool:
         """Whether an evaluation follows so many steps."""

@@ -5,20 +5,18 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from ..files import canonical_json
-from ..lora.adapter import Adapter, LoraUse, inject_new, total_norm
-from ..lora.match import fit
-from ..lora.write import write_lora
+from ..lora.adapter import Adapter, LoraUse, total_norm
 from ..reward_models.protocol import Reward
 from ..video_models.protocol import Tick, VideoModel
+from .adapters import injected, without, write
 from .average import Average
 from .checkpoint import Progress, RunIdentity, list_checkpoints, load_latest, save_checkpoint
 from .config import TrainConfig
@@ -34,7 +32,6 @@ from .run_folder import RunFolder, best_path
 from .run_sweep import sweep_run
 from .seeds import draw_prompts, seed_for
 from .sharding import ALONE, is_sharded
-from .start import begin_from
 from .trackers import Trackers, check_installed, tracked
 
 log = logging.getLogger(__name__)
@@ -116,7 +113,7 @@ class Trainer:
         self._trackers = Trackers()
         self._begun: dict[str, Tensor] = {}  # latents at the first trained step, of batches that are used again
         self._sigmas = model.sigmas(c.sampler_steps)
-        self._trainable = self._trainable_steps()
+        self._trainable = c.trainable_steps(model.spec, self._sigmas)
         prompts_hash = f"{seed_for(*(example.identity for example in self.examples)):016x}"
         self._identity = RunIdentity(model.spec.name, reward.name, prompts_hash, c)
 
@@ -166,7 +163,7 @@ class Trainer:
             undo.enter_context(told_when_alone())
             undo.callback(self._learner.rest)
             self._learner.prepare([*self.examples, *self.samples])
-            adapters = self._inject(undo)
+            adapters = injected(self.model, c, self._start, self._device, undo)
             undo.enter_context(self._learner.at_work())
             parameters = {
                 f"{expert}.{key}": parameter
@@ -265,7 +262,7 @@ class Trainer:
             batch = f"{draw}.{self._group.rank}.{self._group.size}"
             report = not micro and c.evaluates_after(progress.step + 1)
             lesson = self._learner.learn(
-                examples, seeds, plan, draw, parameters, lambda: _without_lora(adapters.values()), weight, report,
+                examples, seeds, plan, draw, parameters, lambda: without(adapters.values()), weight, report,
                 self._begun.get(batch),
             )  # fmt: skip
             begun[batch] = lesson.begun.cpu()
@@ -352,12 +349,12 @@ class Trainer:
         evaluation = None
         if self.config.shard and not self._group.leads:
             if (step or self._start) and guards.base is None:
-                with _without_lora(adapters.values()):
+                with without(adapters.values()):
                     self.evaluate()
             self.evaluate()
         if self._group.leads:
             if (step or self._start) and guards.base is None:  # evaluations, or their prompts, are new to this run
-                with _without_lora(adapters.values()):
+                with without(adapters.values()):
                     guards.observe(Reading.of(0, self.evaluate()))
             evaluation = self.evaluate()
             self.files.write_samples(step, evaluation.frames, self.model.spec.fps)
@@ -375,35 +372,6 @@ class Trainer:
             self._trackers.step(event)
         return event
 
-    def _inject(self, undo: ExitStack) -> dict[str, Adapter]:
-        """A fresh LoRA in every network to be trained; ``undo`` takes them out again."""
-        c, adapters = self.config, {}
-        for expert in c.experts:
-            network = self.model.denoisers[expert]
-            adapter = inject_new(network, c.lora_targets, c.rank, c.network_alpha, seed_for("lora", c.seed))
-            undo.callback(adapter.remove)
-            for parameter in adapter.parameters().values():  # an expert that waits on the CPU learns on the device
-                parameter.data = parameter.data.to(self._device)
-            adapters[expert] = adapter
-        for use in self._start:
-            for expert in set(use.experts(self.model)) & adapters.keys():
-                begin_from(adapters[expert], fit(use.lora, self.model, expert))
-        return adapters
-
-    def _trainable_steps(self) -> tuple[int, ...]:
-        """The solver steps at which a network with a LoRA works. Raises ``ValueError`` if the schedule finds none."""
-        c, spec = self.config, self.model.spec
-        works = [spec.expert_at(sigma) for sigma in self._sigmas[:-1]]
-        steps = tuple(i for i, expert in enumerate(works) if expert in c.experts)
-        c.backprop.check(len(works), steps)
-        for expert in c.experts:
-            if expert not in works:
-                raise ValueError(
-                    f"none of the {len(works)} solver steps falls to the expert {expert}, so it cannot be trained; "
-                    "take more steps or train the other"
-                )
-        return steps
-
     def _memory(self) -> int:
         if self._device.type == "cuda":
             return torch.cuda.max_memory_allocated(self._device)
@@ -412,32 +380,10 @@ class Trainer:
         return psutil.Process().memory_info().rss
 
     def _save_lora(self, path: Path, expert: str, adapter: Adapter, step: int) -> None:
-        c = self.config
-        several = {"expert": expert} if len(self.model.spec.experts) > 1 else {}
-        metadata = {
-            "base_model": self.model.spec.name,
-            "reward": self.reward.name,
-            "rank": str(c.rank),
-            "network_alpha": f"{c.network_alpha:g}",
-            "step": str(step),
-            "config": canonical_json(c.decisive()),
-            "config_hash": c.fingerprint(),
-            "ss_base_model_version": self.model.spec.family,
-            **several,
-            **self._metadata,
-        }
-        names = self.model.lora_names(expert)
-        write_lora(path, adapter.weights(), names, metadata, getattr(torch, c.save_dtype))
+        about = {"reward": self.reward.name, "step": str(step), **self._metadata}
+        write(path, self.model, expert, adapter, self.config, about)
 
 
 def _indexed(device: torch.device) -> torch.device:
     """``cuda`` is the GPU in use, by its number, as tensors name it."""
     return torch.device("cuda", torch.cuda.current_device()) if str(device) == "cuda" else device
-
-
-def _without_lora(adapters: Iterable[Adapter]) -> AbstractContextManager:
-    """A context in which the networks are the base model's."""
-    stack = ExitStack()
-    for adapter in adapters:
-        stack.enter_context(adapter.at_strength(0.0))
-    return stack
