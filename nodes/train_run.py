@@ -117,7 +117,9 @@ class TrainingRun:
         model, config = self.loaded.model, self.config
         cache = Path(folder_paths.get_temp_directory(), "reward_lora_text")
         with lent(model, self.reward.reward) as device, applied(model, self.loaded.uses):
-            alone = config if self.devices == 1 else replace(config, shard=False)
+            alone = config
+            if self.devices > 1 and config.shard:  # too large for this process, should it have to paint
+                alone = replace(config, shard=False, memory="offload")
             trainer = ShownTrainer(
                 model,
                 self.reward.reward,

@@ -66,6 +66,16 @@ def test_training_raises_the_reward_on_fixed_prompts_and_seeds(wan, config, tmp_
     assert min(gains) > 0.005
 
 
+def test_an_evaluation_outside_of_a_run_sees_the_base_model_of_the_run(wan, reward, config, tmp_path):
+    before = weights(wan)
+    trainer = Trainer(wan, reward, PROMPTS, replace(config, steps=2, float8=True), tmp_path / "run")
+    first, *_ = trainer
+    outside = trainer.evaluate()
+    assert torch.equal(outside.frames, first.evaluation.frames)
+    assert not torch.equal(outside.frames, Trainer(wan, reward, PROMPTS, config, tmp_path / "run").evaluate().frames)
+    assert same(before, wan)
+
+
 def test_accumulation_takes_batches_one_after_the_other(wan, reward, config, tmp_path):
     """Two batches of two, accumulated, hold the rewards of two batches and average their gradients."""
     config = replace(config, steps=1, sample_every=0, max_grad_norm=1e9)

@@ -97,6 +97,11 @@ class Learner:
         self._tick = tick if device.type == "cpu" else Placement(model, reward, tick, self.plan, device)
         self._inputs = Inputs(model, config, self._tick, cache)
 
+    @property
+    def working(self) -> bool:
+        """Whether this is within :meth:`at_work`."""
+        return self._stores is not None
+
     def prepare(self, examples: Sequence[Example]) -> None:
         """Encode every prompt."""
         self._inputs.prepare(examples)
@@ -104,7 +109,8 @@ class Learner:
     @contextmanager
     def at_work(self) -> Iterator[None]:
         """While LoRAs are in the networks: the frozen weights stored as settings and plan say."""
-        with ExitStack() as self._stores:
+        with ExitStack() as stores:
+            self._stores = stores
             if self._config.float8:
                 for network in self._model.denoisers.values():
                     self._stores.enter_context(in_float8(network))
@@ -115,8 +121,10 @@ class Learner:
                     self._compiled.enter_context(compiled(network))
             self.adopt(self._fitting())
             self._tick("rollout")  # only now: what shall not be on the device never gets there
-            yield
-        self._stores = None
+            try:
+                yield
+            finally:
+                self._stores = None
 
     def estimate(self) -> Estimate:
         """What the run needs; :meth:`prepare` must have been called."""

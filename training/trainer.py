@@ -144,8 +144,16 @@ class Trainer:
         return f"{size} process{'es'[: 2 * (size > 1)]} x {c.accumulation} accumulated x batches of {c.batch_size}"
 
     def evaluate(self) -> Evaluation:
-        """The evaluation prompts on their fixed seeds, sampled and scored with the model as it is now."""
-        return self._learner.evaluate(self.samples, self._heldout)
+        """The evaluation prompts on their fixed seeds, sampled and scored with the model as it is now.
+
+        Outside of a run, the frozen weights are stored as in one.
+        """
+        with ExitStack() as alone:
+            if not self._learner.working:
+                alone.callback(self._learner.rest)
+                self._learner.prepare(self.samples)
+                alone.enter_context(self._learner.at_work())
+            return self._learner.evaluate(self.samples, self._heldout)
 
     def estimate(self, free: int) -> str:
         """What memory the run would need, by phase and plan, as a table; and which plan fits into ``free`` bytes."""
