@@ -252,19 +252,53 @@ def test_a_mixtures_statistics_survive_a_resume(wan, reward, config, tmp_path):
     assert record["terms"] == pytest.approx(dict(rest[-1].terms))
 
 
-def test_ctrl_c_waits_for_the_end_of_a_block():
+@pytest.fixture(params=[signal.SIGINT, signal.SIGTERM], ids=["ctrl-c", "sigterm"])
+def stop(request):
+    """A signal that interrupts, as on the command line."""
+    before = signal.signal(request.param, signal.default_int_handler)
+    yield request.param
+    signal.signal(request.param, before)
+
+
+def test_a_signal_waits_for_the_end_of_a_block(stop):
     seen = []
 
     def block():
         with interrupt_later():
-            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(stop)
             seen.append("the block went on")
 
     with pytest.raises(KeyboardInterrupt):
         block()
     assert seen
     with pytest.raises(KeyboardInterrupt):
-        signal.raise_signal(signal.SIGINT)  # as before
+        signal.raise_signal(stop)  # as before
+
+
+def test_many_cancels_while_it_saves_lose_nothing(wan, config, tmp_path, stop):
+    class Impatient(ToyReward):
+        """Whoever waits for the checkpoint cancels again and again."""
+
+        def state(self):
+            for _ in range(5):
+                signal.raise_signal(stop)
+            return {}
+
+        def load_state(self, state):
+            pass
+
+    config = replace(config, sample_every=0, save_every=100)
+    whole = Trainer(wan, ToyReward(), PROMPTS, config, tmp_path / "whole" / "run")
+    list(whole)
+    trainer = Trainer(wan, Impatient(), PROMPTS, config, tmp_path / "run")
+    with pytest.raises(KeyboardInterrupt), closing(iter(trainer)) as events:  # noqa: PT012
+        while next(events).step < 3:
+            pass
+    assert [path.stem[-1] for path in list_checkpoints(trainer.folder)] == ["3"]
+    assert read_lora(trainer.lora_path).metadata["step"] == "3"
+    resumed = Trainer(wan, ToyReward(), PROMPTS, config, trainer.folder)
+    assert [event.step for event in resumed] == [4]
+    assert resumed.lora_path.read_bytes() == whole.lora_path.read_bytes()
 
 
 def test_one_rollout_serves_several_updates(wan, reward, config, tmp_path):

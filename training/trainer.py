@@ -237,15 +237,16 @@ class Trainer:
                         sweep_run(self, guards, adapters)
                 self._group.gather(None)  # nobody leaves before
             finally:
-                try:
-                    if saved_at != progress.step:
-                        save()
-                finally:  # the LoRA is smaller than a checkpoint
-                    if leads:
-                        with average.in_place():
-                            for expert, adapter in adapters.items():
-                                self._save_lora(self.lora_paths[expert], expert, adapter, progress.step)
-                        self.files.draw()
+                with interrupt_later():
+                    try:
+                        if saved_at != progress.step:
+                            save()
+                    finally:  # the LoRA is smaller than a checkpoint
+                        if leads:
+                            with average.in_place():
+                                for expert, adapter in adapters.items():
+                                    self._save_lora(self.lora_paths[expert], expert, adapter, progress.step)
+                            self.files.draw()
 
     def _step(
         self,
