@@ -1,5 +1,6 @@
 """Weights that wait elsewhere: the same results, nothing left behind, and no more than a block's at a time."""
 
+from contextlib import nullcontext
 from dataclasses import replace
 
 import pytest
@@ -55,10 +56,11 @@ def test_offloaded_blocks_give_the_same_gradient_and_leave_no_trace(wan, checkpo
     assert not any("forward" in vars(block) for block in blocks_of(wan.transformer))
 
 
-def test_float8_is_training_on_the_quantised_weights(wan):
+@pytest.mark.parametrize("checkpointed", [False, True])
+def test_float8_is_training_on_the_quantised_weights(wan, checkpointed):
     before = state(wan.transformer)
     adapter = step(wan)
-    with in_float8(wan.transformer):
+    with in_float8(wan.transformer), checkpointed_blocks(wan, checkpointed):
         stored = [
             p for block in blocks_of(wan.transformer) for p in block.parameters() if p.dtype == block_weights.FLOAT8
         ]
@@ -123,6 +125,55 @@ def test_only_the_block_at_work_is_copied(wan, monkeypatch):
     )
     assert len(blocks_of(wan.transformer)) > 1
     assert 0 < most <= of_block
+
+
+class Streams:
+    """Stands for CUDA's streams: what is put onto one is written down, and copies arrive late."""
+
+    def __init__(self):
+        self.log, self.late, self.on_the_way = [], [], 0
+
+    def current_stream(self, device=None):
+        return self
+
+    def wait_stream(self, other):
+        self.log.append("the copying stream waits")
+
+    def stream(self, stream):
+        return nullcontext()
+
+    def record_event(self):
+        event = f"copy {len(self.late)}"
+        self.late.append(event)
+        self.log.append(event)
+        return event
+
+    def wait_event(self, event):
+        self.log.append(f"wait for {event}")
+
+
+def test_the_next_block_is_sent_for_while_one_works_forwards_and_backwards(monkeypatch):
+    streams = Streams()
+    for name in ("current_stream", "stream"):
+        monkeypatch.setattr(torch.cuda, name, getattr(streams, name))
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: streams)
+    blocks = [[torch.nn.Parameter(torch.full((2,), float(i)), requires_grad=False)] for i in range(4)]
+    ahead, here = block_weights.Ahead(blocks), []
+    prediction, back = [0, 1, 2, 3], [3, 2, 1, 0]
+    for index in [*prediction, *prediction, *back, *prediction, *back]:
+        copies = ahead.take(index, torch.device("cpu"))
+        here.append(bool(copies))
+        assert all(torch.equal(copy, parameter) for parameter, copy in copies.items())
+        assert list(copies) == (blocks[index] if copies else [])
+        waiting = [event for event in streams.late if f"wait for {event}" not in streams.log]
+        assert len(waiting) <= 1
+    # All but the first of a walk; and where it turns, the last, which is still to go when its way back begins.
+    ahead_of = [False, True, True, True]
+    assert here == ahead_of * 5
+    ahead.drop()
+    copies = [i for i, line in enumerate(streams.log) if line.startswith("copy")]
+    assert all(streams.log[i - 1] == "the copying stream waits" for i in copies)  # before it writes
+    assert sorted(streams.late) == sorted(line.removeprefix("wait for ") for line in streams.log if "wait for" in line)
 
 
 def test_blocks_stay_when_the_rest_moves(wan):
