@@ -19,7 +19,7 @@ RUN = """
 import sys, torch
 torch.set_num_threads(1)
 from reward_lora.block_weights import blocks_of
-from reward_lora.selfcheck.exactness import gradients, relative_error
+from reward_lora.selfcheck.exactness import ToyReward, tiny_wan
 from reward_lora.training.config import TrainConfig
 from reward_lora.training.distributed import joined
 from reward_lora.training.schedule import BackpropSchedule
