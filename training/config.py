@@ -338,21 +338,52 @@ class TrainConfig:
         return hashlib.sha256(canonical_json(self.decisive()).encode()).hexdigest()[:8]
 
 
-def _build(cls: type, data: dict[str, Any]) -> Any:
+PLAIN = {
+    "int": (int, "a whole number"),
+    "float": (float, "a number"),
+    "bool": (bool, "true or false"),
+    "str": (str, "text"),
+}
+"""Types of single values, and what they are called."""
+
+
+def _build(cls: type, data: Any, place: str = "the settings") -> Any:
+    if not isinstance(data, dict):
+        raise ValueError(f"{place} must be written as `name: value`, got {data!r:.60}")
     known = {f.name: f for f in dataclasses.fields(cls)}
-    unknown = sorted(set(data) - set(known))
+    unknown = sorted(set(data) - set(known), key=str)
     if unknown:
         raise ValueError(f"unknown setting {unknown[0]!r}; known are {', '.join(known)}")
     nested = {"backprop": BackpropSchedule, "objective": Objective}
     values = {}
     for name, value in data.items():
-        if name in nested and isinstance(value, dict):
-            value = _build(nested[name], value)
-        elif isinstance(value, (list, tuple)):
-            value = tuple(map(float, value) if known[name].type == "tuple[float, float]" else value)
-        elif isinstance(value, str) and known[name].type.startswith("tuple["):
-            value = tuple(part.strip() for part in value.split(",") if part.strip())
-        elif isinstance(value, (str, int)) and known[name].type in ("float", "float | None"):
-            value = float(value)  # YAML reads 1e-5 as text, and 8 must give the fingerprint of 8.0
-        values[name] = value
+        if name in nested:
+            values[name] = value if isinstance(value, nested[name]) else _build(nested[name], value, name)
+        else:
+            values[name] = _value(name, str(known[name].type), value)
     return cls(**values)
+
+
+def _value(name: str, kind: str, value: Any) -> Any:
+    """What a field of a type may hold, from what YAML, JSON or a widget gives. Raises ``ValueError``: another type."""
+    wanted = kind.removesuffix(" | None")
+    if value is None and wanted != kind:
+        return None
+    if wanted.startswith("tuple["):
+        entry, _, more = wanted.removeprefix("tuple[").removesuffix("]").partition(", ")
+        if isinstance(value, str):
+            value = [part.strip() for part in value.split(",") if part.strip()]
+        if not isinstance(value, (list, tuple)) or (more != "..." and len(value) != wanted.count(",") + 1):
+            raise ValueError(f"{name} must be a list{'' if more == '...' else ' of 2'}, got {value!r:.60}")
+        return tuple(_value(f"an entry of {name}", entry, part) for part in value)
+    if wanted not in PLAIN:
+        return value  # a choice, which the dataclass checks
+    plain, called = PLAIN[wanted]
+    if plain is float and isinstance(value, (str, int)) and not isinstance(value, bool):
+        try:
+            return float(value)  # YAML reads 1e-5 as text, and 8 must give the fingerprint of 8.0
+        except (ValueError, OverflowError):
+            pass
+    if type(value) is not plain:
+        raise ValueError(f"{name} must be {called}, got {value!r:.60}")
+    return value
