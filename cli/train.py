@@ -97,7 +97,7 @@ class Train:
                 if self.estimate:
                     say(trainer.estimate(free_memory(device)))
                     return 0
-                for line in announcement(trainer, group):
+                for line in announcement(trainer):
                     say(line)
                 return self._train(trainer, job, group.leads)
 

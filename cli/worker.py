@@ -59,7 +59,7 @@ def _work(path: Path, wire: Wire) -> None:
         say = (lambda text: wire.send("say", text=text)) if group.leads else silent
         with trainer_of(job, group, device, wire, say) as trainer:
             paths = {expert: str(path) for expert, path in trainer.lora_paths.items()}
-            for line in announcement(trainer, group):
+            for line in announcement(trainer):
                 say(line)
             wire.at_work = True
             if group.leads:
@@ -117,13 +117,13 @@ def trainer_of(
         yield trainer
 
 
-def announcement(trainer: Trainer, group: Group) -> list[str]:
+def announcement(trainer: Trainer) -> list[str]:
     """What a run is going to do, in words."""
     steps, model = trainer.config.steps, trainer.model.spec.name
-    lines = [f"{steps} steps of {model} towards {trainer.reward.name}, files in {trainer.folder}"]
-    if group.size > 1:
-        lines.append(f"{trainer.videos_a_step} videos a step: {trainer.batch_in_words}")
-    return lines
+    return [
+        f"{steps} steps of {model} towards {trainer.reward.name}, files in {trainer.folder}",
+        trainer.batch_in_words,
+    ]
 
 
 def _reward(source: RewardSource):

@@ -139,9 +139,10 @@ class Trainer:
 
     @property
     def batch_in_words(self) -> str:
-        """What the effective batch is made of."""
-        c, size = self.config, self._group.size
-        return f"{size} process{'es'[: 2 * (size > 1)]} x {c.accumulation} accumulated x batches of {c.batch_size}"
+        """The effective batch and what it is made of."""
+        c, size, videos = self.config, self._group.size, self.videos_a_step
+        parts = f"{size} process{'es' * (size > 1)} x {c.accumulation} accumulated x batches of {c.batch_size}"
+        return f"{videos} video{'s' * (videos > 1)} a step: {parts}"
 
     def evaluate(self) -> Evaluation:
         """The evaluation prompts on their fixed seeds, sampled and scored with the model as it is now.
@@ -165,7 +166,7 @@ class Trainer:
         c, leads = self.config, self._group.leads
         if leads:
             self.files.claim()
-            log.info("%d videos a step: %s", self.videos_a_step, self.batch_in_words)
+            log.info(self.batch_in_words)
         with ExitStack() as undo:
             undo.enter_context(self.files.told_when_full())
             undo.enter_context(told_when_alone())
