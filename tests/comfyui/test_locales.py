@@ -54,6 +54,14 @@ def test_chinese_tooltips_say_the_same_numbers(nodes, chinese):
                 assert told - {0} <= ours, (key, name, told, ours)  # below 0 is said without a number
 
 
+def test_no_text_holds_what_the_browser_takes_for_a_placeholder():
+    """vue-i18n compiles texts: a brace that is not closed keeps ComfyUI's page from opening, a bar means a plural."""
+    for path in LOCALES.rglob("*.json"):
+        texts = path.read_text(encoding="utf-8")
+        for text in re.findall(r'"((?:[^"\\]|\\.)*)"', texts):
+            assert not set(text) & set("{}|@"), (path.name, text)
+
+
 def test_comfyui_serves_them(comfyui, chinese):
     served = comfyui.ask("/i18n")[1]["zh"]
     assert served["nodeDefs"] == chinese
