@@ -68,33 +68,41 @@ def document(folder: Path = RESULTS) -> str:
 
 
 def section(record: dict[str, Any]) -> str:
-    """One benchmark; of one that writes another form of record, what can be shown of it."""
+    """One benchmark."""
     if "tables" not in record:
-        return _guards(record)
+        return other_form(record)
     load = f"; load {record['load']:g} before it began" if record.get("load", 0) > 0.5 else ""
     head = f"{record['date']}, {record['hardware']}; {record['software']}{load}.\n\n`{record['command']}`"
     tables = [Table(t["columns"], t["rows"], t.get("title", "")).markdown() for t in record["tables"]]
     return "\n\n".join([head, record["about"], *tables, "\n".join(f"- {line}" for line in record["said"])]).rstrip()
 
 
-def _guards(record: dict[str, Any]) -> str:
-    """Of ``guards.json``: what each seed's runs came to, and the presets' cost."""
-    rows = [
-        [
-            seed["seed"],
-            way,
-            f"{of['step']:.0f}",
-            f"{of['reward_gain']:+.3f}",
-            f"{of['accuracy']:.1%}",
-            f"{of['motion']:.2f}",
-        ]
-        for seed in record.get("seeds", [])
-        for way, of in (("kept by standard", seed["standard"]), ("unguarded", seed["unguarded"]))
-    ]
-    runs = Table(("seed", "", "step", "reward gain", "everything right", "true motion / base"), rows)
-    cost = [[name, f"{of['seconds_a_step']:.2f}"] for name, of in record.get("cost", {}).items()]
-    head = f"`python -m {__package__}.guards --output benchmarks/guards`; the curves: [guards.png](guards.png)."
-    return "\n\n".join([head, runs.markdown(), Table(("preset", "processor seconds a step"), cost).markdown()])
+def other_form(record: dict[str, Any]) -> str:
+    """A benchmark with a record of its own: its numbers by name, long lists left out."""
+    parts = [f"{name}: {value}" for name, value in record.items() if isinstance(value, (str, int, float))]
+    for name, value in record.items():
+        entries = list(enumerate(value, 1)) if isinstance(value, list) else list(getattr(value, "items", list)())
+        rows = [(key, *row) for key, entry in entries if isinstance(entry, dict) for row in _rows(entry)]
+        if not rows:
+            rows = [(key, "", {"": entry}) for key, entry in entries if isinstance(entry, (int, float, str))]
+        columns = list(dict.fromkeys(column for *_, numbers in rows for column in numbers))
+        if columns:
+            lines = [[key, part, *(_short(numbers.get(c, "")) for c in columns)] for key, part, numbers in rows]
+            parts.append(
+                Table(("", "", *(c.replace("_", " ") for c in columns)), lines, name.replace("_", " ")).markdown()
+            )
+    return "\n\n".join(parts)
+
+
+def _rows(entry: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
+    """Numbers and words of an entry, and of the entries in it."""
+    found = [("", {k: v for k, v in entry.items() if isinstance(v, (int, float, str)) and len(str(v)) < 40})]
+    found += [(k, row[1]) for k, v in entry.items() if isinstance(v, dict) for row in _rows(v)[:1]]
+    return [(name, numbers) for name, numbers in found if numbers]
+
+
+def _short(value: Any) -> str:
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
 def main() -> int:
