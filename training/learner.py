@@ -114,12 +114,13 @@ class Learner:
             if self._config.float8:
                 for network in self._model.denoisers.values():
                     self._stores.enter_context(in_float8(network))
+            plan = self._fitting()  # counted with the blocks as they are, for compiled ones compute something
             self._compiled = self._stores.enter_context(ExitStack())
             if self._config.compile:
                 check_compiler(self._device)
                 for network in self._model.denoisers.values():
                     self._compiled.enter_context(compiled(network))
-            self.adopt(self._fitting())
+            self.adopt(plan)
             self._tick("rollout")  # only now: what shall not be on the device never gets there
             try:
                 yield
