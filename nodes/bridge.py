@@ -171,7 +171,7 @@ class Progress:
     def __init__(self, total: int, node_id: str | None) -> None:
         self._bar = comfy.utils.ProgressBar(total, node_id=node_id)
         self._total, self._done, self._node_id, self._sent = total, 0, node_id, 0.0
-        self._phase, self._since, self._text = "", time.monotonic(), ""
+        self._phase, self._since, self._text = "starting", time.monotonic(), ""
         self._over = threading.Event()
 
     def __enter__(self) -> Progress:

@@ -45,6 +45,10 @@ class LiveTraining(Progress):
         self._made += phase != "text" and not self._evaluating
         super().__call__(phase)
 
+    def show(self, done: int, picture: np.ndarray | None = None, text: str = "") -> None:
+        """As every progress; the bar never goes back."""
+        super().show(min(max(self._done, done), self._total), picture, text)
+
     def follow(self, event: StepEvent, picture: np.ndarray | None) -> None:
         """Take the event of a step into account, and show it."""
         self._step, self._made, self._event, self._began = event.step, 0, event, time.monotonic()
