@@ -64,8 +64,7 @@ COGVIDEOX = {"heads": 32, "head": 64, "time": 512}
 LAYOUTS = {
     "Wan2.1, the publisher's": Layout("wan", "2.1 original t2v", ("TINY", WAN), "num_layers", 67),
     "Wan2.1, single files in 16 bits": Layout("wan", "2.1 files i2v", ("TINY_SINGLE", WAN), "num_layers", 76),
-    "EasyAnimate V5.1": Layout("easyanimate", "diffusers v5.1 t2v", ("TINY", EASYANIMATE), "layers", 63,
-                               "EasyAnimateTransformer3DModel"),
+    "EasyAnimate V5.1": Layout("easyanimate", "original v5.1 inp", ("TINY", EASYANIMATE), "layers", 63),
     "CogVideoX-Fun": Layout("cogvideox", "fun 5b inp, sharded", ("TINY", COGVIDEOX), "layers", 63,
                             "CogVideoXTransformer3DModel"),
 }  # fmt: skip

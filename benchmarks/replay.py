@@ -90,7 +90,7 @@ def peaks(way: str, trained: int, device: str, size: int) -> dict[str, float]:
 
 
 def measure(options: argparse.Namespace) -> Result:
-    size = options.size or (8 if options.quick else 16)
+    size = options.size or (8 if options.quick else 12)
     counts = (1, 2) if options.quick else (1, 2, 4, 8, STEPS)
     cells = [(way, trained) for way in WAYS for trained in counts]
     found = {cell: fresh(peaks, *cell, options.device, size) for cell in cells}

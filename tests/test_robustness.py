@@ -47,10 +47,10 @@ def test_the_suite_sees_what_must_not_happen(does, says, tmp_path):
 
 @pytest.mark.slow
 def test_killed_cancelled_and_long_runs_end_as_undisturbed_ones():
-    killed = fresh(kill_and_resume, 2, 3, threads=1)
-    assert killed["kills"] == 2
+    killed = fresh(kill_and_resume, 1, 3, threads=1)
+    assert killed["kills"] == 1
     assert killed["different"] == 0
-    cancelled = fresh(cancel, 3, 3, threads=1)
-    assert cancelled["cancels"] == 3
+    cancelled = fresh(cancel, 2, 3, threads=1)
+    assert cancelled["cancels"] == 2
     assert cancelled["different"] == cancelled["changed"] == cancelled["tensor bytes"] == 0
-    assert fresh(soak, 12, 10, threads=1)["tensor bytes"] <= 1 << 16
+    assert fresh(soak, 10, 5, threads=1)["tensor bytes"] <= 1 << 16
