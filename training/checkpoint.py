@@ -29,6 +29,7 @@ class Progress:
         skipped_in_a_row: Steps skipped since the last good one.
         memory: The memory plan in force, which a step that ran out of memory may have made smaller; empty at first.
         guards: The state of the guards, see :class:`.guards.Guards`.
+        processes: How many made the last step together.
     """
 
     step: int = 0
@@ -36,6 +37,7 @@ class Progress:
     skipped_in_a_row: int = 0
     memory: str = ""
     guards: dict[str, Any] = field(default_factory=dict)
+    processes: int = 1
 
 
 @dataclass(frozen=True)

@@ -69,6 +69,15 @@ def smaller(plan: MemoryPlan) -> MemoryPlan | None:
     return PLANS[index] if index < len(PLANS) else None
 
 
+def peak_memory(device: torch.device) -> int:
+    """Bytes that were used at most on a GPU, or resident bytes of this process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    import psutil
+
+    return psutil.Process().memory_info().rss
+
+
 def free_memory(device: torch.device | str) -> int:
     """Bytes that a run may use: free ones of a GPU, available ones of main memory."""
     device = torch.device(device)

@@ -27,7 +27,7 @@ from .gradient import silent
 from .guards import Guards, Reading
 from .interrupts import interrupt_later
 from .learner import Learner, Part
-from .memory import plan_for
+from .memory import peak_memory, plan_for
 from .run_folder import RunFolder, best_path
 from .run_sweep import sweep_run
 from .seeds import draw_prompts, seed_for
@@ -185,7 +185,15 @@ class Trainer:
             )
             average = Average(parameters, c.ema)
             state = (self._identity, parameters, average.values, optimizer, self.reward, self._begun)
-            progress = load_latest(self.folder, *state) or Progress()
+            progress = load_latest(self.folder, *state) or Progress(processes=self._group.size)
+            if progress.processes != self._group.size and leads:
+                log.warning(
+                    "this run was made by %s so far and goes on with %s: from step %d on its prompts and noise are "
+                    "other ones than they would have been, %d videos a step",
+                    *(f"{n} process{'es' * (n > 1)}" for n in (progress.processes, self._group.size)),
+                    progress.step + 1, self.videos_a_step,
+                )  # fmt: skip
+            progress.processes = self._group.size
             optimizer.register_step_post_hook(lambda *_: average.update(progress.step - progress.skipped))
             if progress.memory and c.memory == "auto" and not c.shard:
                 self._learner.adopt(plan_for(progress.memory, self.model))
@@ -323,7 +331,7 @@ class Trainer:
             grad_norm=grad_norm,
             learning_rate=learning_rate,
             seconds=time.monotonic() - started,
-            memory=self._memory(),
+            memory=peak_memory(self._device),
             skipped=trouble,
             drift=drift,
             anchor=weight,
@@ -351,8 +359,8 @@ class Trainer:
         """The state before any step."""
         started, nan = time.monotonic(), math.nan
         evaluation = self._evaluate(0, guards, adapters) if self.config.sample_every else None
-        seconds = time.monotonic() - started
-        return StepEvent(0, self.config.steps, nan, nan, nan, 0.0, seconds, self._memory(), evaluation=evaluation)
+        took, peak = time.monotonic() - started, peak_memory(self._device)
+        return StepEvent(0, self.config.steps, nan, nan, nan, 0.0, took, peak, evaluation=evaluation)
 
     def _evaluate(self, step: int, guards: Guards, adapters: dict[str, Adapter]) -> Evaluation | None:
         """Only the leading process evaluates; the others wait for what its guards say, or lend it their shards."""
@@ -381,13 +389,6 @@ class Trainer:
             self.files.add(event)
             self._trackers.step(event)
         return event
-
-    def _memory(self) -> int:
-        if self._device.type == "cuda":
-            return torch.cuda.max_memory_allocated(self._device)
-        import psutil
-
-        return psutil.Process().memory_info().rss
 
     def _save_lora(self, path: Path, expert: str, adapter: Adapter, step: int) -> None:
         about = {"reward": self.reward.name, "step": str(step), **self._metadata}
