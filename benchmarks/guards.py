@@ -1,6 +1,6 @@
 """What guards are for: long runs on the built-in model, what the truth says of them, and what the guards would keep.
 
-    python -m reward_lora.benchmarks.guards --output benchmarks/guards --runs RUNS [--only seeds careful heldout cost]
+    python -m reward_lora.benchmarks.guards --output benchmarks/guards [--runs RUNS] [--only seeds careful heldout cost]
 
 The recipe of the built-in model is trained for longer than is good: half its learning rate, constant, until the
 oracle of the world, which reads off the evaluation clips what they really show, has found harm three times in a row.
@@ -21,6 +21,7 @@ import json
 import os
 import shutil
 import sys
+import tempfile
 import time
 from collections.abc import Sequence
 from contextlib import closing
@@ -282,11 +283,12 @@ def draw(seeds: dict[str, dict[str, Any]]) -> np.ndarray:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True, help="OUTPUT.json and OUTPUT.png are written")
-    parser.add_argument("--runs", type=Path, required=True, help="where the runs go and stay")
+    parser.add_argument("--runs", type=Path, help="where the runs go and stay; else in a new temporary folder")
     parser.add_argument("--only", nargs="*", choices=PARTS, default=PARTS, help="parts to make; the others stay")
     parser.add_argument("--seeds", type=int, nargs="*", default=[1, 2, 3])
     parser.add_argument("--steps", type=int, default=400, help="at most")
     options = parser.parse_args()
+    options.runs = options.runs or Path(tempfile.mkdtemp(prefix="guards-"))
     path, model = options.output.with_suffix(".json"), load_video_model("builtin")
     result = json.loads(path.read_text()) if path.exists() else {}
     about = {"torch": torch.__version__, "threads": torch.get_num_threads(), "processors": os.cpu_count()}
