@@ -83,7 +83,7 @@ def measure(options: argparse.Namespace) -> Result:
 
 def options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--width", type=int, default=32, help="base width of the VAE; the published one's is 96")
+    parser.add_argument("--width", type=int, default=16, help="base width of the VAE; the published one's is 96")
     parser.add_argument("--size", type=int, default=8, help="latent height and width")
     parser.add_argument("--rounds", type=int, default=3)
 
