@@ -62,6 +62,8 @@ def document(folder: Path = RESULTS) -> str:
         file = folder / f"{name}.json"
         if name == "guards" and not file.is_file():
             file = HERE / "guards.json"
+        if not file.is_file() and name != "robustness" and not (HERE / f"{name}.py").is_file():
+            continue
         record = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
         parts.append(f"## {title}\n\n{section(record) if record else f'Not measured. `python -m {module(name)}`'}\n")
     return "\n".join(parts)
@@ -116,7 +118,8 @@ def main() -> int:
         folder = Path(scratch) if options.quick else RESULTS
         folder.mkdir(exist_ok=True)
         gpu = ["gpu"] if torch.cuda.is_available() else []
-        names = options.only or [name for name in TITLES if name not in LONG] + gpu
+        there = [name for name in TITLES if name not in LONG and (HERE / f"{name}.py").is_file()]
+        names = options.only or there + gpu
         for name in [] if options.only_table else names:
             if run(name, options.quick, folder):
                 failed.append(name)
