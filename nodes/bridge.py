@@ -192,8 +192,9 @@ class Progress:
     def __call__(self, phase: str) -> None:
         """Raise ``InterruptProcessingException`` if the user has cancelled."""
         comfy.model_management.throw_exception_if_processing_interrupted()
+        due = HEARTBEAT if phase == self._phase else HEARTBEAT / 5
         self._phase, self._since = phase, time.monotonic()
-        if time.monotonic() - self._sent > HEARTBEAT:
+        if self._since - self._sent > due:
             self.show(*self._now())
 
     def _now(self) -> tuple[int, None, str]:

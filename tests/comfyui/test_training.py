@@ -225,7 +225,7 @@ def test_what_is_seen_while_it_trains(comfyui):
     for wanted in (
         r"step \d+ of 4, rollout \d+ of 8",
         r"step \d+ of 4, replay \d of \d",
-        r"evaluation after step (0|2|4), rollout \d+ of 8",
+        r"evaluation after step (0|2|4), (rollout \d+ of 8|decoding|judging)",
         r"reward \d\.\d+, \d\.\d+ on fixed prompts .*, \d\.\d s a step, about \d+ (s|min) left",
         r"step 4 of 4, .*on fixed prompts \(at first \d\.\d+\)",
     ):
