@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -132,7 +132,7 @@ def load_latest(
         Where the run stands, or None if there is no checkpoint.
 
     Raises:
-        ValueError: The checkpoint belongs to a run with other settings; they are named.
+        ValueError: The checkpoint belongs to a run with other settings; they are named. Or another version wrote it.
     """
     begun.clear()
     stateful = hasattr(reward, "load_state")
@@ -150,6 +150,11 @@ def load_latest(
                 f"{folder} holds a run with other settings ({'; '.join(different[:4])}): "
                 "choose another folder, restore the settings, or start afresh"
             )
+        progress = json.loads(metadata["progress"])
+        unknown = sorted(set(progress) - {f.name for f in fields(Progress)})
+        if unknown:
+            raise ValueError(f"{path} was written by another version of Reward LoRA ({unknown[0]} is unknown to this "
+                             "one): update, or choose another folder")  # fmt: skip
         with torch.no_grad():
             for key, parameter in parameters.items():
                 parameter.copy_(tensors.pop(f"lora.{key}"))
@@ -164,7 +169,7 @@ def load_latest(
         if stateful:
             reward.load_state(_under("reward.", tensors))
         begun.update(_under("begun.", tensors))
-        return Progress(**json.loads(metadata["progress"]))
+        return Progress(**progress)
     return None
 
 

@@ -17,6 +17,7 @@ from collections import Counter
 
 import pytest
 from reward_lora.tests.families import Case
+from safetensors import safe_open
 
 from .workflow_format import WORKFLOWS, read, refreshed, to_api, wrong_values
 
@@ -77,4 +78,8 @@ def test_workflow_runs(comfyui, name):
     assert all(file.is_file() for file in files)
     found, expected = Counter(file.suffix for file in files), TESTS[name]["outputs"]
     assert {kind: min(found[kind], count) for kind, count in expected.items()} == expected
+    for file in files:
+        if file.parent.name == "loras":
+            with safe_open(file, "pt") as lora:
+                assert "RewardLora" in lora.metadata()["prompt"], "the file should tell the workflow that made it"
     shutil.rmtree(comfyui.output / "reward_lora", ignore_errors=True)
