@@ -3,7 +3,7 @@
 import pytest
 from reward_lora.benchmarks.common import fresh
 from reward_lora.tests.robustness.fuzz import Found, Reader, fuzz
-from reward_lora.tests.robustness.interrupts import cancel, kill_and_resume, soak
+from reward_lora.tests.robustness.interrupts import cancel, soak
 from reward_lora.tests.robustness.readers import readers
 
 
@@ -46,10 +46,7 @@ def test_the_suite_sees_what_must_not_happen(does, says, tmp_path):
 
 
 @pytest.mark.slow
-def test_killed_cancelled_and_long_runs_end_as_undisturbed_ones():
-    killed = fresh(kill_and_resume, 1, 3, threads=1)
-    assert killed["kills"] == 1
-    assert killed["different"] == 0
+def test_cancelled_and_long_runs_end_as_undisturbed_ones():
     cancelled = fresh(cancel, 2, 3, threads=1)
     assert cancelled["cancels"] == 2
     assert cancelled["different"] == cancelled["changed"] == cancelled["tensor bytes"] == 0

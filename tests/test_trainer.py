@@ -454,8 +454,8 @@ from reward_lora.training.trainer import Trainer
 def train(folder):
     model = tiny_wan(dtype=torch.float32)
     model.encode_text = lambda prompts: [torch.full((2, 8), len(p) / 10) for p in prompts]
-    config = TrainConfig(steps=40, batch_size=2, rank=2, learning_rate=1e-2, backprop=BackpropSchedule("random", 2),
-                         save_every=3, sample_every=20, sample_count=2)
+    config = TrainConfig(steps=24, batch_size=2, rank=2, learning_rate=1e-2, backprop=BackpropSchedule("random", 2),
+                         save_every=3, sample_every=12, sample_count=2)
     for event in Trainer(model, ToyReward(), ["a", "bb", "ccc"], config, folder):
         pass
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import shutil
 import socket
 import subprocess
@@ -210,8 +209,3 @@ def comfyui(tmp_path_factory):
             process.wait(20)
         except subprocess.TimeoutExpired:
             process.kill()
-
-
-def import_seconds(log: str) -> float:
-    """What ComfyUI says the pack's import took."""
-    return float(re.search(r"([\d.]+) seconds(?: \(IMPORT FAILED\))?: .*reward-lora", log)[1])

@@ -152,7 +152,7 @@ def test_prompts_feed_generate_score_and_training(comfyui):
 
 
 def test_a_run_is_gone_on_with_from_the_list(comfyui):
-    changes = {"sample_every": 0, "save_every": 1, "lr_schedule": "constant"}
+    changes = {"sample_every": 0, "save_every": 1, "lr_schedule": "constant", "batch_size": 1}
     _, folder = run(comfyui, graphs.train(prefix="tests/first", steps=2, **changes))
     name = folder.relative_to(comfyui.output).as_posix()
     listed = comfyui.ask("/object_info/RewardLoraTrainRewardLora")[1]["RewardLoraTrainRewardLora"]
@@ -175,7 +175,8 @@ def test_a_run_is_gone_on_with_from_the_list(comfyui):
 
 
 def test_loras_of_a_run_are_loaded_tried_and_gone_on_from(comfyui):
-    changes = {"steps": 3, "sample_every": 1, "save_every": 1, "sample_count": 2, "lr_schedule": "constant"}
+    changes = {"steps": 3, "sample_every": 1, "save_every": 1, "sample_count": 2, "batch_size": 1,
+               "lr_schedule": "constant"}  # fmt: skip
     graph = graphs.train(prefix="tests/loaded", **changes)
     key = graphs.train_key(graph)
     model = graph[key]["inputs"]["video_model"]
@@ -244,7 +245,7 @@ def test_what_is_seen_while_it_trains(comfyui):
 
 
 def test_several_trainings_in_one_queue_do_not_touch_each_other(comfyui):
-    changes = {"steps": 2, "sample_every": 0}
+    changes = {"steps": 2, "sample_every": 0, "batch_size": 1}
     _, alone = run(comfyui, graphs.train(prefix="tests/alone", seed=2, **changes))
     together = graphs.train(prefix="tests/queue", seed=2, **changes)  # two in one graph, with one model
     key = graphs.train_key(together)
@@ -269,7 +270,7 @@ BAD = {
         "step_list: it must be step numbers such as 0, 4, 9, got '0, last'",
     ),
     "target": (with_settings(graphs.train(), judge={"target": "high"}), "target: it must be a number; .* got 'high'"),
-    "interval": (with_settings(graphs.train(), sampling={"guidance_interval": "1"}), "two noise levels"),
+    "interval": (with_settings(graphs.train(), sampling={"guidance_interval": "1"}), "must be a list of 2"),
     "targets": (with_settings(graphs.train(advanced=""), optimizer={"lora_targets": "nose"}), "nose"),
     "step beyond the solver": (with_settings(graphs.train(), schedule={"step_list": "0, 99"}), "step_list must be"),
     "no run": ({"1": graphs.node("TrainingReport", run="tests/none")}, "there is no training in output/tests/none"),
