@@ -110,5 +110,6 @@ class GenerateVideo(io.ComfyNode):
                 end_image=to_still(end_image),
                 tick=placing,
             )
-        progress.show(steps + 3)
+        frames, height, width = clip.shape[2:]
+        progress.show(steps + 3, text=f"{width}x{height}, {frames} frames")
         return io.NodeOutput(to_images(clip), float(model.spec.fps))
