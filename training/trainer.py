@@ -271,7 +271,7 @@ class Trainer:
             torch.cuda.reset_peak_memory_stats(self._device)
         turn, again = divmod(progress.step, c.reuse)
         plan = c.backprop.draw(self._sigmas, seed_for("plan", c.seed, turn), self._trainable)
-        begun: dict[str, Tensor] = {}
+        begun, used_again = {}, c.reuse > 1 and not again
         parts, trouble, blind, conflicts = [], "", 0, {}
         weight = guards.anchor_weight(c.anchor, c.anchor_target)
         optimizer.zero_grad(set_to_none=True)
@@ -283,7 +283,8 @@ class Trainer:
                 examples, seeds, plan, draw, parameters, lambda: without(adapters.values()), weight, report,
                 self._begun.get(batch),
             )  # fmt: skip
-            begun[batch] = lesson.begun.cpu()
+            if used_again:
+                begun[batch] = lesson.begun.cpu()
             verdict, conflicts = lesson.verdict, lesson.conflicts or conflicts
             said = getattr(self.reward, "terms", {})
             parts.append(Part(verdict.rewards.cpu(), verdict.loss, lesson.drift, verdict.motion, said))
@@ -295,7 +296,7 @@ class Trainer:
         if not trouble and blind == c.accumulation:
             trouble = "the reward found nothing to judge, such as no face: its gradient was 0 everywhere"
         progress.memory = self._learner.plan.name
-        if c.reuse > 1 and not again:  # everybody's, for the checkpoint
+        if used_again:  # everybody's, for the checkpoint
             for of_one in self._group.gather(begun):
                 self._begun.update(of_one)
         counted = self._group.average(parameters.values(), not trouble)
