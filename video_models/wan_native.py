@@ -104,10 +104,10 @@ def load_native(
         tokenizer=lambda: SentencePiece(text.tokenizer),
         text_files=(),
         shift=shift,
+        text_fingerprint=text.fingerprint,
     )
     model = assemble(parts, "the MODEL", {}, dtype=dtype, device=device, text=True)
     model.spec = replace(model.spec, name=_name(model))
-    model._fingerprint = f"{text.fingerprint}:{dtype or 'auto'}"  # there is no file to tell which encoder it is
     seen = {name: digest(network.state_dict()) for name, network in model.denoisers.items()}
     seen |= {"vae": digest(model.vae.state_dict()), "text": text.fingerprint, "shift": shift}
     return model, hashlib.sha256(repr(seen).encode()).hexdigest()[:16]

@@ -40,6 +40,7 @@ class Parts:
         vae, text_encoder, image_encoder: The last is asked when the first image arrives.
         tokenizer: Makes the tokenizer.
         text_files: What decides over the text encoder's answers.
+        text_fingerprint: Stands for them where there are no files.
         shift: Of the flow-matching schedule; None for the published one.
         boundary: Between two experts; None for the published one.
         start_in_latents: Whether the start image takes the place of the first latent frame (TI2V); None for
@@ -55,6 +56,7 @@ class Parts:
     shift: float | None = None
     boundary: float | None = None
     start_in_latents: bool | None = None
+    text_fingerprint: str = ""
 
 
 def assemble(
@@ -83,7 +85,8 @@ def assemble(
     text_encoder = tokenizer = None
     if text:
         text_encoder, tokenizer = parts.text_encoder(dtype, device), parts.tokenizer()
-    text_fingerprint = f"{fingerprint(parts.text_files)}:{dtype or 'auto'}" if parts.text_files else ""
+    told = fingerprint(parts.text_files) if parts.text_files else parts.text_fingerprint
+    text_fingerprint = f"{told}:{dtype or 'auto'}" if told else ""
     config = denoisers[first].config
     if config.out_channels != vae.config.z_dim:
         raise WeightFileError(
