@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import signal
 from contextlib import closing
@@ -13,7 +12,6 @@ from typing import Annotated, Any
 import tyro
 from tyro.conf import UseAppendAction
 
-from ..training import learner
 from ..training.checkpoint import list_checkpoints
 from ..training.config import TrainConfig
 from ..training.distributed import joined, own_device
@@ -82,7 +80,6 @@ class Train:
 
         job = self._job()
         signal.signal(signal.SIGTERM, signal.default_int_handler)  # torchrun's and a scheduler's way to stop
-        learner.log.setLevel(logging.INFO)  # it says what memory the run needs
         if self.devices > 1 and not self.estimate:
             workers = Workers(job, self.devices, say=tqdm.write)
             if self.fresh:

@@ -6,7 +6,7 @@ import logging
 import signal
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 from ..lora.adapter import applied
@@ -55,7 +55,6 @@ def _work(path: Path, wire: Wire) -> None:
         wire.leads = group.leads
         if group.leads:
             logging.getLogger().addHandler(wire)
-            learner.log.setLevel(logging.INFO)  # it says what memory the run needs
         say = (lambda text: wire.send("say", text=text)) if group.leads else silent
         with trainer_of(job, group, device, wire, say) as trainer:
             paths = {expert: str(path) for expert, path in trainer.lora_paths.items()}
@@ -97,7 +96,7 @@ def trainer_of(
 
     model = group.in_turn(load, one_by_one=job.config.shard)
     reward = _reward(job.reward)
-    with applied(model, job.uses) as reports:
+    with applied(model, job.uses) as reports, _listening() if group.leads else nullcontext():
         for line in reports:
             say(line)
         trainer = Trainer(
@@ -115,6 +114,17 @@ def trainer_of(
             tick=tick,
         )
         yield trainer
+
+
+@contextmanager
+def _listening() -> Iterator[None]:
+    """While what a run says of the memory it needs is wanted."""
+    level = learner.log.level
+    learner.log.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        learner.log.setLevel(level)
 
 
 def announcement(trainer: Trainer) -> list[str]:

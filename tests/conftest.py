@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,14 @@ from reward_lora.training.schedule import BackpropSchedule
 from .reward_checkpoints import OPEN_CLIP, write_all
 
 FIXTURES = Path(__file__).parent / "fixtures"
+
+
+@pytest.fixture(autouse=True)
+def log_levels_are_left_alone():
+    """Fails a test after which the package's loggers say more or less to the tests that follow."""
+    yield
+    assert {name: log.level for name, log in logging.root.manager.loggerDict.items()
+            if name.startswith("reward_lora") and getattr(log, "level", 0)} == {}  # fmt: skip
 
 
 class ToyText:

@@ -47,6 +47,7 @@ def test_blocks_whose_weights_begin_to_move_are_compiled_no_more(wan, reward, co
     config = replace(config, steps=1, sample_every=0, compile=True)
     trainer = Trainer(wan, reward, ["a"], config, tmp_path / "run")
     seen = []
+    trainer._learner.prepare(trainer.examples)
     with trainer._learner.at_work():
         seen.append(len(blocks(wan)))
         trainer._learner.adopt(PLANS[-1])
