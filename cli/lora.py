@@ -10,11 +10,12 @@ from typing import Literal
 import torch
 from tyro.conf import Positional
 
+from ..lora.adapter import AUTO
 from ..lora.catalog import CATALOG, download, find
 from ..lora.files import MatchedLora, read_lora, write_lora
 from ..lora.guess import guess_base
 from ..lora.match import fit
-from ..lora.merge import merge, merge_offsets, resize
+from ..lora.merge import merge_files
 from ..lora.write import Layout, rounding
 from .lora_names import resolve
 from .shared import filling, open_model, parse_lora
@@ -116,17 +117,12 @@ class Merge:
         if not self.files:
             raise ValueError("give at least one LoRA, PATH or PATH:WEIGHT")
         uses = [parse_lora(text) for text in self.files]
+        if any((use.expert, use.start, use.end) != (AUTO, 0, 1) for use in uses):
+            raise ValueError("a merged LoRA acts as one; say where with @ when it is used, not when it is merged")
         matched, names = resolve([use.lora for use in uses], self.model)
-        modules = merge([(m.modules, use.strength) for m, use in zip(matched, uses, strict=True)])
-        offsets = merge_offsets([(m.offsets, use.strength) for m, use in zip(matched, uses, strict=True)])
-        if self.rank:
-            modules, kept = resize(modules, self.rank)
-            print(f"rank {self.rank} keeps {kept:.4%} of the energy of all changes")
-        metadata = {"merged_from": ", ".join(f"{use.lora.path.name} at {use.strength:g}" for use in uses)}
-        bases = {use.lora.metadata.get("base_model", "") for use in uses}
-        if len(bases) == 1:
-            metadata["base_model"] = bases.pop()
-        result = MatchedLora(modules, (), self.output.name, offsets)
+        parts = [(use.lora, found, use.strength) for use, found in zip(uses, matched, strict=True)]
+        result, metadata, lines = merge_files(parts, self.rank, self.output.name)
+        print(*lines, sep="\n", end="\n" * bool(lines))
         print(_write(self.output, result, names, metadata, self.to, self.dtype))
         return 0
 

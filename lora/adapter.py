@@ -26,6 +26,7 @@ __all__ = [
     "inject_new",
     "inject_weights",
     "linear_shapes",
+    "said_expert",
     "select_modules",
     "total_norm",
 ]
@@ -34,6 +35,12 @@ AUTO, HIGH_NOISE, LOW_NOISE = "auto", "high_noise", "low_noise"
 """In place of an expert's name: the one the file is for, else all; the noisiest; the least noisy."""
 _SAYS = re.compile(r"(high|low)[-_ ]?noise|(?<![a-z])(high|low)(?![a-z])")
 _WINDOWS = "_reward_lora_windows"
+
+
+def said_expert(lora: LoraFile) -> str:
+    """The expert that a LoRA is for, as its metadata or its file's name say; ``auto`` if they do not."""
+    said = _SAYS.search(lora.path.stem.lower())
+    return lora.metadata.get("expert") or (said[1] or said[2] if said else AUTO)
 
 
 @dataclass(frozen=True)
@@ -68,8 +75,7 @@ class LoraUse:
         known = list(model.denoisers)
         wanted = self.expert
         if wanted == AUTO:
-            said = _SAYS.search(self.lora.path.stem.lower())
-            wanted = self.lora.metadata.get("expert") or (said[1] or said[2] if said else AUTO)
+            wanted = said_expert(self.lora)
             if len(known) == 1 or wanted == AUTO:
                 return known
         if len(known) > 1:

@@ -8,6 +8,7 @@ from . import folders
 from .generate import GenerateVideo
 from .lora import ApplyRewardLora, SaveRewardLora
 from .lora_catalog import FetchPublishedLora
+from .lora_merge import MergeLoras
 from .lora_model import ApplyRewardLoraToModel
 from .lora_sweep import SweepLoraStrength
 from .native import VideoModelFromParts
@@ -47,6 +48,7 @@ NODES: list[type[io.ComfyNode]] = [
     OptimizerSettings,
     ApplyRewardLora,
     ApplyRewardLoraToModel,
+    MergeLoras,
     FetchPublishedLora,
     LoadTrainedLora,
     SweepLoraStrength,

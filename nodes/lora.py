@@ -20,12 +20,12 @@ from .types import LoadedModel, LoraType, VideoModelType
 EXPERTS = [AUTO, HIGH_NOISE, LOW_NOISE]
 
 
-def file_input() -> io.Combo.Input:
+def file_input(name: str = "lora_file", default: str = folders.BUILTIN_LORA) -> io.Combo.Input:
     """The list of LoRA files."""
     return io.Combo.Input(
-        "lora_file",
+        name,
         options=folders.list_loras(),
-        default=folders.BUILTIN_LORA,
+        default=default,
         tooltip="A file of models/loras or of the output folder, in any usual format: ComfyUI, diffusers, peft, "
         "kohya, VideoX-Fun, DiffSynth, VADER. A LoRA connected below counts instead.",
     )
@@ -44,8 +44,8 @@ def strength_input() -> io.Float.Input:
     )
 
 
-def connected_input() -> io.Input:
-    return LoraType.Input("lora", optional=True, tooltip="Straight from another node of this pack, without a file.")
+def connected_input(name: str = "lora") -> io.Input:
+    return LoraType.Input(name, optional=True, tooltip="Straight from another node of this pack, without a file.")
 
 
 def chosen(lora_file: str, lora: LoraFile | None) -> LoraFile:

@@ -177,6 +177,42 @@ def test_merge_command(capsys, tmp_path):
     assert read_lora(out).ranks == [3]
 
 
+@pytest.mark.parametrize(
+    ("second", "sizes", "metadata", "message"),
+    [
+        (
+            "b_low_noise",
+            ((4, 4),),
+            {},
+            "a_high_noise.safetensors is for the expert high and b_low_noise.safetensors for",
+        ),
+        ("b", ((6, 6),), {}, "blocks.0.attn1.to_q is 4x4 in a_high_noise.safetensors and 6x6 in b.safetensors"),
+        ("b", ((4, 4),), {"expert": "low"}, "merge the LoRAs of each expert by themselves"),
+    ],
+)
+def test_what_cannot_be_merged_is_said(capsys, tmp_path, second, sizes, metadata, message):
+    query = {"blocks.0.attn1.to_q": "blocks.0.self_attn.q"}
+    paths = []
+    for name, shapes, told in (("a_high_noise", ((4, 4),), {}), (second, sizes, metadata)):
+        paths.append(tmp_path / f"{name}.safetensors")
+        write_lora(paths[-1], {"blocks.0.attn1.to_q": random_lora(0, 2, 2.0, sizes=shapes)["m0"]}, query, told)
+    status, _, err = run(capsys, "merge", *paths, "--output", tmp_path / "out.safetensors")
+    assert (status, message in err) == (2, True), err
+    assert not (tmp_path / "out.safetensors").exists()
+
+
+def test_merging_takes_one_kind_of_model_and_needs_a_weight(capsys, tmp_path):
+    write_lora(tmp_path / "cog.safetensors", random_lora(0, 2, 2.0, sizes=((4, 4),)),
+               {"m0": "transformer_blocks.0.attn1.to_q"}, {})  # fmt: skip
+    for uses, message in (
+        ((PUBLISHED, tmp_path / "cog.safetensors"), "is for Wan and cog.safetensors for CogVideoX"),
+        ((f"{PUBLISHED}:0",), "nothing is left to merge"),
+        ((f"{PUBLISHED}:1@low_noise",), "say where with @ when it is used"),
+    ):
+        status, _, err = run(capsys, "merge", *uses, "--output", tmp_path / "out.safetensors")
+        assert (status, message in err) == (2, True), err
+
+
 def test_a_lora_on_the_command_line_may_say_where_it_acts(tmp_path):
     path = tmp_path / "a.safetensors"
     write_lora(path, random_lora(0, 2, 2.0), {"m0": "m0", "m1": "m1"}, {})
