@@ -152,7 +152,7 @@ class SaveRewardLora(io.ComfyNode):
             description="Writes a LoRA into the output folder, with the workflow that made it in its metadata. "
             "ComfyUI's own LoRA loaders and diffusers read the file too.",
             inputs=[
-                LoraType.Input("lora", tooltip="From Train Reward LoRA."),
+                LoraType.Input("lora", tooltip="From Train Reward LoRA, Load Trained LoRA or Merge LoRAs."),
                 io.String.Input(
                     "prefix", default="loras/reward_lora", tooltip="Folder and start of the name in the output folder."
                 ),

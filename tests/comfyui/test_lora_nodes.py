@@ -250,6 +250,74 @@ def test_the_catalogue_needs_no_network_to_say_what_to_do(comfyui):
     assert "shown at strength 0.7" in outcome.outputs["1"]["text"][0]
 
 
+def merged(rank: int = 0, **slots) -> dict:
+    """Merge LoRAs as node 7, every place that is not given empty."""
+    empty = {f"lora_file_{n}": "the connected LoRA" for n in range(1, 5)} | {f"weight_{n}": 1.0 for n in range(1, 5)}
+    return {"7": graphs.node("MergeLoras", rank=rank, **empty | slots)}
+
+
+def test_a_merged_lora_is_its_parts_together_in_every_node(comfyui, native, base):
+    """One part in VideoX-Fun's spelling, one of diffusers' that comes over a wire; exact, at a lower rank nearly so."""
+    loras, parts = comfyui.base / "models" / "loras", (0.5, -0.25)
+    other = {name: LoraModule(m.down.flip(0).roll(1, 1), m.up.roll(2, 0), 1.0) for name, m in native.lora.items()}
+    save_file(spelled(native, *FORMATS["VideoX-Fun"]), loras / "part_one.safetensors")
+    write_lora(loras / "part_two.safetensors", other, native.names, {"base_model": "tiny"}, layout="diffusers")
+    both = {
+        name: LoraModule(torch.cat([native.lora[name].down * native.lora[name].scale * parts[0],
+                                    other[name].down * other[name].scale * parts[1]]),
+                         torch.cat([native.lora[name].up, other[name].up], dim=1), 2.0 * RANK)
+        for name in native.lora
+    }  # fmt: skip
+    expected = ours(native, MatchedLora(both, (), "both")) - ours(native)
+    graph = merged(lora_file_1="part_one.safetensors", weight_1=parts[0], lora_2=["8", 0], weight_2=parts[1])
+    graph |= {"8": merged(lora_file_3="part_two.safetensors")["7"]}  # a chain of two
+    graph |= sampled(graphs.node("ApplyRewardLoraToModel", model=["1", 0], strength=STRENGTH, lora=["7", 0],
+                                 lora_file="the connected LoRA"))  # fmt: skip
+    graph["9"] = graphs.node("SaveRewardLora", lora=["7", 0], prefix="loras/merged", copy_to_models_loras=False)
+    for rank in (0, 2 * RANK - 1):
+        graph["7"]["inputs"]["rank"] = rank
+        outcome = comfyui.run(graph)
+        assert outcome.status == "success", outcome.message
+        report = outcome.outputs["7"]["text"][0]
+        assert report.startswith("part_one.safetensors at 0.5, (part_two.safetensors at 1) at -0.25: ")
+        assert ("of the energy" in report) == bool(rank)
+        saved, latent = sorted(comfyui.files(outcome), key=lambda file: file.suffix, reverse=True)
+        mean, std = (torch.tensor(values).view(1, -1, 1, 1, 1) for values in (MEAN, STD))
+        change = noise() - (load_file(latent)["latent_tensor"] - mean) / std - base
+        assert float(expected.abs().max()) > 0.1
+        off = float((change - expected).abs().max() / expected.abs().max())
+        assert off < 1e-3 if not rank else 1e-3 < off < 0.5
+        matrices = load_file(saved)
+        ranks = {matrix.shape[0] for name, matrix in matrices.items() if "lora_A" in name}
+        assert ranks == {rank or 2 * RANK}
+        delta = matrices["diffusion_model.blocks.0.ffn.0.lora_B.weight"] @ matrices[
+            "diffusion_model.blocks.0.ffn.0.lora_A.weight"]  # fmt: skip
+        whole = both["blocks.0.ffn.net.0.proj"].delta()
+        lost = float((delta - whole).square().sum() / whole.square().sum())
+        assert lost < 1e-10 if not rank else 1e-10 < lost < 0.2
+
+
+def test_what_cannot_be_merged_is_answered_in_a_sentence(comfyui, native):
+    loras = comfyui.base / "models" / "loras"
+    query = "blocks.0.attn1.to_q"
+    for name, size in (("of_high_noise", 128), ("of_low_noise", 128), ("of_64", 64)):
+        half = LoraModule(torch.ones(1, size), torch.ones(size, 1), 1.0)
+        write_lora(loras / f"{name}.safetensors", {query: half}, native.names, {})
+    write_lora(loras / "cog.safetensors", {"x": half}, {"x": "transformer_blocks.0.attn1.to_q"}, {})
+    for slots, message in (
+        ({}, "nothing is left to merge"),
+        ({"lora_file_1": "of_64.safetensors", "weight_1": 0.0}, "nothing is left to merge"),
+        ({"lora_file_1": "of_high_noise.safetensors", "lora_file_2": "of_low_noise.safetensors"}, "the expert high"),
+        ({"lora_file_2": "of_high_noise.safetensors", "lora_file_4": "of_64.safetensors"}, "for different models"),
+        ({"lora_file_1": "of_64.safetensors", "lora_file_2": "cog.safetensors"}, "is for Wan and cog.safetensors for"),
+    ):
+        graph = merged(**slots) | {"9": graphs.node("SaveRewardLora", lora=["7", 0], prefix="loras/none",
+                                                    copy_to_models_loras=False)}  # fmt: skip
+        outcome = comfyui.run(graph)
+        assert (outcome.status, message in outcome.message) == ("error", True), outcome.message
+        assert "Traceback" not in outcome.message
+
+
 def sweep_graph(**changes) -> dict:
     graph = graphs.workflow("sweep_lora_strength")
     graph["4"]["inputs"] |= changes
