@@ -1,10 +1,17 @@
 """A short round of the robustness suite; ``python -m reward_lora.tests.robustness`` is the long one."""
 
+import gc
+
 import pytest
+import torch
 from reward_lora.benchmarks.common import fresh
 from reward_lora.tests.robustness.fuzz import Found, Reader, fuzz
 from reward_lora.tests.robustness.interrupts import cancel, soak
 from reward_lora.tests.robustness.readers import readers
+from reward_lora.training.compare import difference_picture, frame_picture, paired_difference, ranking_picture
+from reward_lora.training.media import contact_sheet, reward_curve
+from reward_lora.training.sweep import Sweep, SweepConfig, SweepPoint
+from reward_lora.training.sweep_report import sweep_plot
 
 
 @pytest.mark.parametrize("reader", readers(quick=True), ids=lambda reader: reader.name)
@@ -43,6 +50,36 @@ def unpickles(folder):
 def test_the_suite_sees_what_must_not_happen(does, says, tmp_path):
     with pytest.raises(Found, match=says):
         fuzz(reader_that(does), tmp_path / "files", 60, 1)
+
+
+CLIPS = torch.rand(1, 3, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+SWEEP = Sweep(
+    SweepConfig((0.0, 1.0), ("a", "b")),
+    tuple(SweepPoint(strength, {"r": (strength, 2.0)}, (1.0, 1.0), torch.empty(0)) for strength in (0.0, 1.0)),
+    ("r",),
+)
+DRAWN = {
+    "curve": lambda: reward_curve([(1, 0.5), (2, 0.6)], [(0, 0.1), (2, 0.7)], "a reward"),
+    "sheet": lambda: contact_sheet([CLIPS], ["before"]),
+    "sweep": lambda: sweep_plot(SWEEP),
+    "difference": lambda: difference_picture(paired_difference([0.0, 0.0], [1.0, 2.0]), "r"),
+    "frames": lambda: frame_picture({"a": [0.1, 0.2]}, {"a": 0.15}),
+    "ranking": lambda: ranking_picture([CLIPS[0]], [1.0], [0], "r"),
+}
+
+
+@pytest.mark.parametrize("draw", DRAWN.values(), ids=DRAWN.keys())
+def test_a_picture_leaves_nothing_behind(draw):
+    draw()  # what is imported or drawn once for good
+    assert gc.isenabled()
+    gc.freeze()  # all there is stays out of the count
+    gc.disable()
+    try:
+        draw()
+        assert gc.collect() < 100  # a figure is thousands
+    finally:
+        gc.enable()
+        gc.unfreeze()
 
 
 @pytest.mark.slow
