@@ -148,7 +148,7 @@ def write_safetensors(path: Path | str, tensors: Mapping[str, Tensor], metadata:
     tensors = {key: tensors[key].contiguous() for key in sorted(tensors)}
 
     def write(target: Path) -> None:
-        save_file(tensors, target, metadata=dict(metadata))
+        save_file(tensors, target, metadata=dict(metadata) or None)  # it garbles a file of neither
         _sort_header(target)
 
     return write_atomically(path, write)
@@ -159,8 +159,8 @@ def _sort_header(path: Path) -> None:
     with path.open("rb+") as file:
         length = int.from_bytes(file.read(8), "little")
         header = json.loads(file.read(length))
-        metadata = header.pop("__metadata__", {})
-        header = {"__metadata__": dict(sorted(metadata.items())), **header}
+        if metadata := header.pop("__metadata__", None):
+            header = {"__metadata__": dict(sorted(metadata.items())), **header}
         text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
         if len(text) > length:
             raise ValueError(f"the header of {path.name} does not fit its place")

@@ -6,10 +6,10 @@ import pickle
 
 import pytest
 import torch
-from reward_lora.files import WeightFileError, write_safetensors
+from reward_lora.files import WeightFileError, read_safetensors, write_safetensors
 from reward_lora.lora.adapter import LoraUse, applied, inject_weights, linear_shapes, select_modules
 from reward_lora.lora.files import match, read_lora, write_lora
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 
 @pytest.fixture
@@ -180,6 +180,15 @@ def test_equal_content_gives_equal_bytes(tmp_path):
     (tmp_path / "plain").touch()
     assert (tmp_path / "0").stat().st_mode == (tmp_path / "plain").stat().st_mode
     assert not list(tmp_path.glob(".*"))
+
+
+@pytest.mark.parametrize(("tensors", "metadata"), [({}, {}), ({}, {"a": "b"}), ({"a": torch.ones(2)}, {})])
+def test_little_or_nothing_is_written_and_read(tmp_path, tensors, metadata):
+    path = write_safetensors(tmp_path / "a.safetensors", tensors, metadata)
+    found, told = read_safetensors(path)
+    assert found.keys() == tensors.keys() == load_file(path).keys()
+    assert all(torch.equal(found[name], tensors[name]) for name in tensors)
+    assert told == metadata
 
 
 def test_select_modules(wan):
