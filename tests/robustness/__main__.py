@@ -63,7 +63,8 @@ def measure(options: argparse.Namespace) -> Result:
             f"tensors that stayed: {cancelled['tensor bytes']} bytes; resident {cancelled['resident MiB']:+.0f} MiB.",
             f"{soaked['steps']} steps in {soaked['seconds']} s: "
             f"resident {soaked['MiB at a tenth']:.0f} MiB after a tenth, "
-            f"{soaked['MiB at the end']:.0f} MiB at the end, {soaked['KiB a step']:.1f} KiB a step (at most {KIB_A_STEP} count as flat); "
+            f"{soaked['MiB at the end']:.0f} MiB at the end, "
+            f"{soaked['KiB a step']:.1f} KiB a step (at most {KIB_A_STEP} count as flat); "
             f"tensors that stayed: {soaked['tensor bytes']} bytes.",
         ]
     options.failed = bool(wrong)
