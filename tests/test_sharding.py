@@ -1,9 +1,8 @@
-"""A base model divided among processes learns what a whole one learns, at a part of the memory, in every family."""
+"""A base model whose weights are divided predicts and learns in every family; two processes: ``test_distributed``."""
 
 import pytest
 import torch
 from reward_lora.lora.adapter import inject_new
-from reward_lora.lora.files import read_lora
 from reward_lora.selfcheck.exactness import gradients, relative_error
 from reward_lora.tests.families import cases
 from reward_lora.training.config import TrainConfig
@@ -12,66 +11,6 @@ from reward_lora.training.memory import checkpointed_blocks
 from reward_lora.training.sharding import is_sharded, mesh_of, shard
 from reward_lora.training.trainer import Trainer
 from reward_lora.video_models import load_video_model
-
-from .test_distributed import log, start
-
-RUN = """
-import sys, torch
-torch.set_num_threads(1)
-from reward_lora.block_weights import blocks_of
-from reward_lora.selfcheck.exactness import ToyReward, tiny_wan
-from reward_lora.training.config import TrainConfig
-from reward_lora.training.distributed import joined
-from reward_lora.training.schedule import BackpropSchedule
-from reward_lora.training.sharding import mesh_of, shard
-from reward_lora.training.trainer import Trainer
-
-folder, divided, what = sys.argv[1], bool(int(sys.argv[2])), sys.argv[3]
-
-class Reward(ToyReward):
-    calls = 0
-    def score(self, frames, prompts, *, reference=None):
-        if torch.is_grad_enabled():
-            Reward.calls += 1
-        scores = super().score(frames, prompts)
-        return scores * float("nan") if what == "sick" and group.rank == 1 and Reward.calls == 2 else scores
-
-model = tiny_wan(dtype=torch.float32)
-model.encode_text = lambda prompts: [torch.full((2, 8), len(p) / 10) for p in prompts]
-config = TrainConfig(steps=3, rank=2, learning_rate=1e-2, accumulation=2, sample_every=2, sample_count=1, anchor=0.1,
-                     epsilon=1e-2, memory="balanced", sampler_steps=4, save_dtype="float32", shard=divided,
-                     backprop=BackpropSchedule("tail", 2))
-with joined("cpu") as group:
-    if divided:
-        shard(model, mesh_of(group, "cpu"))
-    blocks = [p for block in blocks_of(model.transformer) for p in block.parameters()]
-    here = sum((p.to_local() if divided else p).nbytes for p in blocks)
-    for event in Trainer(model, Reward(), ["a", "bb", "ccc"], config, folder, group=group):
-        pass
-    print(here)
-"""
-
-
-@pytest.mark.slow
-def test_two_processes_learn_alike_with_half_of_the_weights_each(tmp_path):
-    """With checkpointed blocks, an anchor, evaluations, and a batch that one process cannot judge."""
-    held = {}
-    for name, divided in (("whole", 0), ("shards", 1)):
-        answers = start(tmp_path / name, divided, "sick", ranks=2, script=RUN)
-        assert [status for _, status in answers] == [0, 0], answers
-        held[name] = [int(text.split()[-1]) for text, _ in answers]
-    for ours, whole in zip(held["shards"], held["whole"], strict=True):
-        assert 0.4 < ours / whole < 0.6
-    assert sum(held["shards"]) == pytest.approx(held["whole"][0], rel=0.05)
-    ours, whole = (read_lora(tmp_path / name / f"{name}.safetensors").modules for name in ("shards", "whole"))
-    assert any(module.up.abs().max() > 1e-4 for module in whole.values())
-    for name, module in whole.items():
-        torch.testing.assert_close(ours[name].up, module.up, rtol=1e-5, atol=1e-6)
-        torch.testing.assert_close(ours[name].down, module.down, rtol=1e-5, atol=1e-6)
-    for divided, reference in zip(log(tmp_path / "shards"), log(tmp_path / "whole"), strict=True):
-        known = {what for what in ("reward", "grad_norm", "drift", "evaluation") if reference.get(what) is not None}
-        for what in known:
-            assert divided[what] == pytest.approx(reference[what], rel=1e-4), what
 
 
 @pytest.fixture
