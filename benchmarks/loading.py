@@ -3,9 +3,10 @@
     python -m reward_lora.benchmarks.loading [--quick] [--json FILE] [--gigabytes 1]
 
 Checkpoints are random, in float32, with a transformer of about a gigabyte, the rest tiny and the text encoder left out;
-they are loaded in bfloat16. Each load runs in a process of its own, whose peak of resident memory counts, pages mapped
-from the file included; the loads take turns. The files are in the system's cache. Needs the repository: tiny versions
-of these checkpoints are what the tests load.
+they are loaded in bfloat16, the transformer and the VAE. Each load runs in a process of its own that has imported the
+networks' classes before; its peak of resident memory counts, pages mapped from the file included. The loads take turns,
+and the files are in the system's cache. Needs the repository: tiny versions of these checkpoints are what the tests
+load.
 """
 
 from __future__ import annotations
@@ -39,7 +40,8 @@ class Layout:
         sizes: Name of its table of sizes, and those of a large transformer.
         layers: Key of the number of layers among them.
         parameters: Of a layer, in millions.
-        network: Its class in diffusers, if diffusers reads the folder.
+        classes: Of transformer and VAE, in diffusers.
+        pipeline: Whether diffusers reads the folder.
     """
 
     family: str
@@ -47,7 +49,8 @@ class Layout:
     sizes: tuple[str, Mapping[str, Any]]
     layers: str
     parameters: float
-    network: str = ""
+    classes: tuple[str, str]
+    pipeline: bool = False
 
     def write(self, folder: Path, gigabytes: float) -> None:
         module = import_module(f"reward_lora.tests.families.{self.family}")
@@ -61,38 +64,57 @@ class Layout:
 WAN = {"dim": 2048, "ffn_dim": 8192, "freq_dim": 256, "num_heads": 16}
 EASYANIMATE = {"inner": 2048, "head": 64, "time": 512}
 COGVIDEOX = {"heads": 32, "head": 64, "time": 512}
+CLASSES_WAN = ("WanTransformer3DModel", "AutoencoderKLWan")
+CLASSES_EASYANIMATE = ("EasyAnimateTransformer3DModel", "AutoencoderKLMagvit")
+CLASSES_COGVIDEOX = ("CogVideoXTransformer3DModel", "AutoencoderKLCogVideoX")
 LAYOUTS = {
-    "Wan2.1, the publisher's": Layout("wan", "2.1 original t2v", ("TINY", WAN), "num_layers", 67),
-    "Wan2.1, single files in 16 bits": Layout("wan", "2.1 files i2v", ("TINY_SINGLE", WAN), "num_layers", 76),
-    "EasyAnimate V5.1": Layout("easyanimate", "original v5.1 inp", ("TINY", EASYANIMATE), "layers", 63),
-    "CogVideoX-Fun": Layout("cogvideox", "fun 5b inp, sharded", ("TINY", COGVIDEOX), "layers", 63,
-                            "CogVideoXTransformer3DModel"),
-}  # fmt: skip
+    "Wan2.1, the publisher's": Layout("wan", "2.1 original t2v", ("TINY", WAN), "num_layers", 67, CLASSES_WAN),
+    "Wan2.1, single files in 16 bits": Layout(
+        "wan", "2.1 files i2v", ("TINY_SINGLE", WAN), "num_layers", 76, CLASSES_WAN
+    ),
+    "EasyAnimate V5.1": Layout(
+        "easyanimate", "original v5.1 inp", ("TINY", EASYANIMATE), "layers", 63, CLASSES_EASYANIMATE
+    ),
+    "CogVideoX-Fun": Layout(
+        "cogvideox", "fun 5b inp, sharded", ("TINY", COGVIDEOX), "layers", 63, CLASSES_COGVIDEOX, pipeline=True
+    ),
+}
 
 
-def ours(family: str, folder: str) -> dict[str, float]:
+def ours(layout: Layout, folder: str) -> dict[str, float]:
     """Loaded by the pack."""
     from ..video_models import load_video_model
 
-    module = import_module(f"reward_lora.tests.families.{family}")
+    module = import_module(f"reward_lora.tests.families.{layout.family}")
     source = getattr(module, "open_files", lambda where: where)(Path(folder))
-    return _watched(lambda: load_video_model(source, dtype="bfloat16", text=False).denoisers["transformer"])
+
+    def load() -> tuple[nn.Module, nn.Module]:
+        model = load_video_model(source, dtype="bfloat16", text=False)
+        return model.denoisers["transformer"], model.vae
+
+    return _watched(layout, load)
 
 
-def theirs(name: str, folder: str) -> dict[str, float]:
-    """The transformer alone, loaded by diffusers."""
+def theirs(layout: Layout, folder: str) -> dict[str, float]:
+    """Loaded by diffusers."""
     import diffusers
 
-    made = getattr(diffusers, name).from_pretrained
-    return _watched(lambda: made(Path(folder) / "transformer", torch_dtype=DTYPE))
+    places = zip(layout.classes, ("transformer", "vae"), strict=True)
+    parts = [(getattr(diffusers, name).from_pretrained, Path(folder) / place) for name, place in places]
+    return _watched(layout, lambda: tuple(made(place, torch_dtype=DTYPE) for made, place in parts))
 
 
-def _watched(load: Callable[[], nn.Module]) -> dict[str, float]:
+def _watched(layout: Layout, load: Callable[[], tuple[nn.Module, nn.Module]]) -> dict[str, float]:
+    import diffusers
+
+    for name in layout.classes:
+        getattr(diffusers, name)  # imports it
     with Resident() as resident:
         started = time.perf_counter()
-        network = load()
+        networks = load()
         seconds = time.perf_counter() - started
-    return {"seconds": seconds, "bytes": resident.bytes, "weights": sum(p.nbytes for p in network.parameters())}
+    weights = sum(parameter.nbytes for network in networks for parameter in network.parameters())
+    return {"seconds": seconds, "bytes": resident.bytes, "weights": weights}
 
 
 def measure(options: argparse.Namespace) -> Result:
@@ -102,13 +124,11 @@ def measure(options: argparse.Namespace) -> Result:
         with tempfile.TemporaryDirectory() as place:
             folder = Path(place) / "model"
             layout.write(folder, gigabytes)
-            ways: dict[str, tuple] = {"ours": (ours, layout.family, str(folder))}
-            if layout.network:
-                ways["diffusers"] = (theirs, layout.network, str(folder))
+            ways = {"ours": ours, **({"diffusers": theirs} if layout.pipeline else {})}
             found: dict[str, list[dict[str, float]]] = {way: [] for way in ways}
             for _ in range(rounds):
                 for way, call in ways.items():
-                    found[way].append(fresh(*call))
+                    found[way].append(fresh(call, layout, str(folder)))
             size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
         for way, runs in found.items():
             seconds = [run["seconds"] for run in runs]
@@ -120,7 +140,7 @@ def measure(options: argparse.Namespace) -> Result:
             heap, else_ = ([run["bytes"] for run in found[way]] for way in ("ours", "diffusers"))
             said.append(f"{name}, ours to diffusers: time {ratio(mine, other)}, peak {ratio(heap, else_)}.")
     columns = ("layout", "files, GB", "loaded by", "seconds", "peak / weights in memory")
-    about = "Random checkpoints in float32 (single files: float16), loaded in bfloat16, cpu; ours with the VAE"
+    about = "Random checkpoints in float32 (single files: float16), loaded in bfloat16, with the VAE, cpu"
     return Result(about, [Table(columns, rows)], said, {"loads": figures})
 
 
