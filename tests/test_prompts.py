@@ -108,6 +108,10 @@ def test_video_round_trip(tmp_path):
     video = read_video(path)
     assert video.shape == (3, 5, 256, 256)  # small frames are enlarged for the eye
     torch.testing.assert_close(video.mean((0, 2, 3)), ramp.mean((0, 2, 3)), atol=0.03, rtol=0)
+    titled = path.read_bytes().replace(b"Lavf", "Bär".encode("latin-1") + b"f")
+    (tmp_path / "titled.mp4").write_bytes(titled)
+    assert titled != path.read_bytes()
+    assert torch.equal(read_video(tmp_path / "titled.mp4"), video)
     (tmp_path / "b.mp4").write_bytes(b"no video")
     with pytest.raises(ValueError, match="cannot be read"):
         read_video(tmp_path / "b.mp4")

@@ -89,7 +89,7 @@ def read_frames(path: Path | str) -> Iterator[Tensor]:
     if not path.is_file():
         raise ValueError(f"{path}: there is no such video or picture")
     try:
-        with av.open(str(path)) as container:
+        with av.open(str(path), metadata_errors="replace") as container:  # titles in any encoding
             for frame in container.decode(video=0):
                 turns = round(getattr(frame, "rotation", 0) / 90)  # older releases of PyAV do not tell
                 yield torch.from_numpy(np.rot90(frame.to_ndarray(format="rgb24"), turns).copy()).permute(2, 0, 1)
