@@ -12,7 +12,7 @@ from reward_lora.lora.adapter import LoraUse, applied
 from reward_lora.lora.files import read_lora
 from reward_lora.reward_models.mixture import Mixture
 from reward_lora.selfcheck.exactness import ToyReward
-from reward_lora.training import augment
+from reward_lora.training import augment, guards
 from reward_lora.training.augment import augmented
 from reward_lora.training.checkpoint import list_checkpoints
 from reward_lora.training.config import TrainConfig
@@ -119,6 +119,38 @@ def test_few_prompts_leave_little_room_above_the_motion_floor():
         assert not found.words, "a doubt is no complaint"
 
 
+@pytest.mark.parametrize(
+    ("gentle", "kept"),
+    [
+        ({"reward": 0.8}, (2, 0.7)),
+        ({"reward": 0.8, "motion": 0.85}, (1, 1.0)),
+        ({"reward": 0.55}, (1, 1.0)),
+    ],
+    ids=["sound and better", "not sound either", "not better"],
+)
+def test_a_step_that_goes_too_far_is_kept_at_the_strength_at_which_it_does_not(gentle, kept):
+    asked = []
+
+    def gentler(strength):
+        asked.append(strength)
+        return replace(reading(2, **gentle), strength=strength)
+
+    guards = Guards(1, 0.9, "reward", [])
+    guards.observe(reading(0, 0.5), gentler)
+    guards.observe(reading(1, 0.6), gentler)
+    assert asked == [], "a sound step is taken as it is"
+    found = guards.observe(reading(2, 0.9, motion=0.8), gentler)
+    assert asked == [0.7]
+    assert (guards.best.step, guards.best.strength) == kept
+    assert found.best == (kept[0] == 2)
+    assert found.strength == kept[1]
+    assert found.words, "at full strength it is bad all the same"
+    assert ("use the LoRA of step 2 at strength 0.7" in found.stop) == found.best
+    assert Guards(1, 0.9, "reward", [], json.loads(json.dumps(guards.state))).best == guards.best
+    guards.observe(reading(3, 0.5, motion=0.8), gentler)
+    assert asked == [0.7], "one that scores lower is not worth another look"
+
+
 def test_a_reward_worse_than_the_base_has_no_best_step():
     guards = Guards(0, 0.9, "reward", [])
     found = [guards.observe(reading(step, value)) for step, value in ((0, 0.5), (1, 0.4), (2, 0.3))]
@@ -166,6 +198,33 @@ def test_a_run_that_ends_badly_gives_its_best_lora(wan, fast, tmp_path):
     good = Trainer(wan, Bright(), PROMPTS, config, tmp_path / "good")
     list(good)
     assert good.result_paths == [good.lora_path]
+
+
+def test_the_file_of_a_step_kept_at_a_lower_strength_is_that(wan, fast, tmp_path, monkeypatch):
+    """Paid for standing still, with a floor between the motion at full strength and that at 0.7."""
+    monkeypatch.setattr(guards, "SHARPNESS", 1e3)  # a random decoder's clips gain texture as they slow down
+    config = replace(fast, steps=8, sample_every=8, sample_count=1, keep_best=False, motion_floor=0.0)
+    plain = Trainer(wan, Still(), PROMPTS, config, tmp_path / "plain" / "run")
+    base, last = (e.evaluation for e in plain if e.evaluation)
+    with applied(wan, [LoraUse(read_lora(plain.lora_path), 0.7)]):
+        gentle = plain.evaluate()
+    ratios = [(speed(seen.frames) / speed(base.frames)).item() for seen in (last, gentle)]
+    assert ratios[0] < ratios[1] < 1
+    guarded = replace(config, keep_best=True, motion_floor=sum(ratios) / 2)
+    trainer = Trainer(wan, Still(), PROMPTS, guarded, tmp_path / "run")
+    found = list(trainer)[-1].evaluation.findings
+    assert (found["best"], found["strength"], found["unsound"]) == (True, 0.7, ("motion",))
+    assert found["gentler"]["reward"] == pytest.approx(gentle.rewards, rel=1e-4)
+    assert trainer.result_paths == trainer.kept_paths == [best_path(trainer.lora_path)]
+    kept = read_lora(trainer.kept_paths[0])
+    assert (kept.metadata["step"], kept.metadata["strength"]) == ("8", "0.7")
+    with applied(wan, [LoraUse(kept, 1.0)]):
+        torch.testing.assert_close(trainer.evaluate().frames, gentle.frames, rtol=0, atol=1e-4)
+    assert torch.equal(read_lora(trainer.lora_path).modules.popitem()[1].down,
+                       read_lora(plain.lora_path).modules.popitem()[1].down)  # fmt: skip
+    only_measured = Trainer(wan, Still(), PROMPTS, replace(guarded, keep_best=False), tmp_path / "off" / "run")
+    assert list(only_measured)[-1].evaluation.findings["gentler"] is None
+    assert only_measured.kept_paths == []
 
 
 class Turning(Bright):

@@ -107,6 +107,44 @@ def test_the_strength_to_use_comes_from_the_sweep_of_the_lora_to_use():
     assert why.startswith("Of the strengths tried none gains by PickScore")
 
 
+GENTLER = [HACKED[0], HACKED[1], record(600, 0.84, 21.9, 0.71, "while motion fell", True, ["motion"])]
+GENTLER[2]["guards"] |= {"strength": 0.7, "gentler": record(600, 0.83, 21.6)["guards"] | {"strength": 0.7}}
+GENTLER[2]["guards"]["gentler"]["reward"] = GENTLER[2]["guards"]["gentler"]["rewards"]
+
+
+def test_a_step_kept_at_a_lower_strength_is_told_with_it(tmp_path):
+    log = RunLog.of(GENTLER)
+    assert (log.best, log.strength) == (600, 0.7)
+    assert log.kept["guards"]["heldout"]["PickScore"][0] == 21.6
+    first, *_ = advice(log, "run")[1]
+    assert first == (
+        "The trained reward rose 0.04 while motion fell to 0.71 of the base: "
+        "use step 600 at strength 0.7, which is run_best.safetensors at strength 1."
+    )
+    still_gentler = [*GENTLER[:2], GENTLER[2] | {"sweep": swept(600, ROWS)}]
+    assert (
+        "use step 600 at strength 0.49, which is run_best.safetensors at strength 0.7."
+        in (advice(RunLog.of(still_gentler), "run")[1][0])
+    )
+    told = " ".join(deeds(RunLog.of(still_gentler), CONFIG.to_dict() | {"keep_best": True, "patience": 3}))
+    assert "keep_best kept step 600 at strength 0.7." in told
+    assert "at strength 0.7 it was, and still the best: kept." in told
+    assert "The LoRA of step 600, kept at 0.7, was painted at" in told
+    later = [*GENTLER, record(900, 0.8, 21.0)]
+    assert (
+        "Step 600 was the best: use step 600 at strength 0.7, which is run_best"
+        in advice(RunLog.of(later), "run")[1][0]
+    )
+    picture = write_png(tmp_path / "reward.png", torch.zeros(4, 4, 3, dtype=torch.uint8).numpy())
+    for name in ("step-000000", "step-000600", "step-000600-at-0.7"):
+        write_preview(tmp_path / "samples" / f"00-{name}.webp", torch.rand(3, 5, 8, 8), 8)
+    text = page("run", "reward", still_gentler, FILLED, ["one"], picture)
+    shown = base64.b64encode((tmp_path / "samples" / "00-step-000600-at-0.7.webp").read_bytes()).decode()
+    assert text.count(shown) == 2, "among the evaluations, and as the file's full strength"
+    assert "step 600 at 0.7, best" in text
+    assert "best at strength 0.7" in text
+
+
 def test_the_page_shows_the_sweep_beside_its_videos(tmp_path):
     picture = write_png(tmp_path / "reward.png", torch.zeros(4, 4, 3, dtype=torch.uint8).numpy())
     for name in ("step-000000", "strength-0.5", "strength-0.7", "step-000300"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -38,26 +39,42 @@ def injected(
     return adapters
 
 
-def without(adapters: Iterable[Adapter]) -> AbstractContextManager:
-    """A context in which the networks are the base model's."""
+def at_strength(adapters: Iterable[Adapter], strength: float) -> AbstractContextManager:
+    """A context in which the LoRAs have that strength."""
     stack = ExitStack()
     for adapter in adapters:
-        stack.enter_context(adapter.at_strength(0.0))
+        stack.enter_context(adapter.at_strength(strength))
     return stack
 
 
+def without(adapters: Iterable[Adapter]) -> AbstractContextManager:
+    """A context in which the networks are the base model's."""
+    return at_strength(adapters, 0.0)
+
+
 def write(
-    path: Path, model: VideoModel, expert: str, adapter: Adapter, config: TrainConfig, about: Mapping[str, str]
+    path: Path,
+    model: VideoModel,
+    expert: str,
+    adapter: Adapter,
+    config: TrainConfig,
+    about: Mapping[str, str],
+    strength: float = 1.0,
 ) -> None:
-    """Write the LoRA of one network, with ``about`` and what made it in the file's metadata."""
+    """Write the LoRA of one network, with ``about`` and what made it in the file's metadata.
+
+    What the file gives at strength 1 is what the adapter gives at ``strength``.
+    """
+    modules = {name: replace(module, alpha=module.alpha * strength) for name, module in adapter.weights().items()}
     metadata = {
         "base_model": model.spec.name,
         "rank": str(config.rank),
-        "network_alpha": f"{config.network_alpha:g}",
+        "network_alpha": f"{config.network_alpha * strength:g}",
+        **({"strength": f"{strength:g}"} if strength != 1 else {}),
         "config": canonical_json(config.decisive()),
         "config_hash": config.fingerprint(),
         "ss_base_model_version": model.spec.family,
         **({"expert": expert} if len(model.spec.experts) > 1 else {}),
         **about,
     }
-    write_lora(path, adapter.weights(), model.lora_names(expert), metadata, getattr(torch, config.save_dtype))
+    write_lora(path, modules, model.lora_names(expert), metadata, getattr(torch, config.save_dtype))

@@ -34,6 +34,9 @@ PRESETS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 """What each preset sets where the run does not."""
 
+GENTLE = 0.7
+"""Strength that publishers of reward LoRAs show theirs at: what to try where full strength goes too far."""
+
 FLAT = 1e-6
 """Mean squared slope, in brightness a pixel, that keeps the speed of an empty clip finite."""
 STILL = 1e-3
@@ -107,6 +110,7 @@ class Reading:
         heldout: What is not, by name.
         motion: :func:`speed`.
         sharpness: :func:`sharpness`.
+        strength: That the LoRA was at.
     """
 
     step: int
@@ -114,11 +118,13 @@ class Reading:
     heldout: Mapping[str, Sequence[float]]
     motion: Sequence[float]
     sharpness: Sequence[float]
+    strength: float = 1.0
 
     @classmethod
-    def of(cls, step: int, evaluation: Evaluation) -> Reading:
+    def of(cls, step: int, evaluation: Evaluation, strength: float = 1.0) -> Reading:
         e = evaluation
-        return cls(step, e.rewards, dict(e.heldout), speed(e.frames).tolist(), sharpness(e.frames).tolist())
+        moving, detail = speed(e.frames).tolist(), sharpness(e.frames).tolist()
+        return cls(step, e.rewards, dict(e.heldout), moving, detail, strength)
 
 
 @dataclass(frozen=True)
@@ -133,6 +139,8 @@ class Finding:
             over the base model's clips. The best step has the highest.
         unsound: Which of motion and sharpness are beyond their limits.
         best: Whether this is the best step so far.
+        strength: At which it is.
+        gentler: What was measured at :data:`GENTLE` strength, if the rule asked for that.
         in_a_row: Bad evaluations in a row, this one included.
         stop: Why the run ends here; empty if it goes on.
         words: What is bad, in a sentence; empty if nothing is.
@@ -144,6 +152,8 @@ class Finding:
     score: float
     unsound: tuple[str, ...]
     best: bool
+    strength: float
+    gentler: Reading | None
     in_a_row: int
     stop: str
     words: str
@@ -153,8 +163,11 @@ class Guards:
     """Watches the evaluations of a run; its ``state`` goes into the checkpoints.
 
     The best step is the sound one with the highest score (:class:`Finding`), the base model's 0 included; its motion
-    must be above the floor by a standard error of the paired clips, so that few prompts are given little room. An
-    evaluation is bad if it is not sound, or if the held-out score is lower than at the best step, by more than one
+    must be above the floor by a standard error of the paired clips, so that few prompts are given little room. A step
+    with a higher score that is not surely sound is measured at :data:`GENTLE` strength too: if it is sound there, and
+    the score still the highest, it is the best step at that strength.
+
+    An evaluation is bad if it is not sound, or if the held-out score is lower than at the best step, by more than one
     standard error of the paired differences, although the trained reward is higher. ``patience`` bad ones in a row
     end the run.
 
@@ -205,16 +218,23 @@ class Guards:
         """Why the run has ended, if the guards have ended it and still would."""
         return self.state["stop"] if self._patience else ""
 
-    def observe(self, now: Reading) -> Finding:
-        """Take an evaluation into account; the first must be the base model's."""
+    def observe(self, now: Reading, gentler: Callable[[float], Reading] | None = None) -> Finding:
+        """Take an evaluation into account; the first must be the base model's.
+
+        Args:
+            now: At full strength.
+            gentler: Measures the same LoRA at a lower strength, which costs an evaluation; None never does.
+        """
         base, best = self.base or now, self.best or now
-        motion, detail = ratio(now.motion, base.motion, STILL), ratio(now.sharpness, base.sharpness, FLAT)
-        lost = np.subtract(now.motion, motion * np.array(base.motion))
-        doubt = _standard_error(lost) / max(_mean(base.motion), STILL)  # of the ratio
-        unsound = () if motion >= self._floor else ("motion",)
-        unsound += () if 1 / SHARPNESS <= detail <= SHARPNESS else ("sharpness",)
-        score = self._score(now, base)
-        improved = now.step > 0 and not unsound and motion - doubt >= self._floor and score > self._score(best, base)
+        motion, detail, unsound, sure = self._soundness(now, base)
+        again, kept = None, best
+        if now.step and self._score(now, base) > self._score(best, base):
+            if sure:
+                kept = now
+            elif gentler:
+                again = gentler(GENTLE)
+                if self._soundness(again, base)[3] and self._score(again, base) > self._score(best, base):
+                    kept = again
         complaints = self._complaints(now, best, base, motion if "motion" in unsound else None,
                                       detail if "sharpness" in unsound else None)  # fmt: skip
         in_a_row = self.state["in_a_row"] + 1 if complaints else 0
@@ -224,12 +244,23 @@ class Guards:
             words = (f"the trained reward {self._reward} {'rose' if change > 0 else 'fell'} by {abs(change):.4f} since "
                      f"the start, while {' and '.join(complaints)}")  # fmt: skip
         if self._patience and in_a_row >= self._patience:
-            advice = f"use the LoRA of step {best.step}" if best.step else "no step was better than the base model"
+            at = f" at strength {kept.strength:g}" if kept.strength != 1 else ""
+            advice = f"use the LoRA of step {kept.step}{at}" if kept.step else "no step was better than the base model"
             stop = f"stopped at step {now.step}: {in_a_row} bad evaluations in a row; at the last {words}; {advice}"
         self.state |= {"in_a_row": in_a_row, "stop": stop, "last": now.step, "base": asdict(base)}
-        self.state |= {"best": asdict(now if improved else best), "now": asdict(now)}
+        self.state |= {"best": asdict(kept), "now": asdict(now)}
         gains = {name: _mean(values) - _mean(base.heldout[name]) for name, values in now.heldout.items()}
-        return Finding(motion, detail, gains, score, unsound, improved, in_a_row, stop, words)
+        score, improved = self._score(now, base), kept is not best
+        return Finding(motion, detail, gains, score, unsound, improved, kept.strength, again, in_a_row, stop, words)
+
+    def _soundness(self, now: Reading, base: Reading) -> tuple[float, float, tuple[str, ...], bool]:
+        """Motion and sharpness relative to the base model's, which are beyond their limits, and if surely none is."""
+        motion, detail = ratio(now.motion, base.motion, STILL), ratio(now.sharpness, base.sharpness, FLAT)
+        lost = np.subtract(now.motion, motion * np.array(base.motion))
+        doubt = _standard_error(lost) / max(_mean(base.motion), STILL)  # of the ratio
+        unsound = () if motion >= self._floor else ("motion",)
+        unsound += () if 1 / SHARPNESS <= detail <= SHARPNESS else ("sharpness",)
+        return motion, detail, unsound, not unsound and motion - doubt >= self._floor
 
     def _complaints(
         self, now: Reading, best: Reading, base: Reading, motion: float | None, detail: float | None

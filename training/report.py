@@ -71,6 +71,11 @@ th:first-child,td:first-child,td.text{text-align:left}
 """
 
 
+def step_preview(index: int, step: int, strength: float = 1.0) -> str:
+    """Name of the preview of an evaluation's clip, with the LoRA at a strength, in ``samples``."""
+    return f"{index:02d}-step-{step:06d}{'' if strength == 1 else f'-at-{strength:g}'}.webp"
+
+
 def sweep_preview(index: int, strength: float) -> str:
     """Name of the preview of a clip at a strength, in ``samples``."""
     return f"{index:02d}-strength-{strength:g}.webp"
@@ -95,15 +100,20 @@ def _strengths(log: RunLog, prompts: Sequence[str], folder: Path) -> str:
             f"<tr class='{'best' if note else ''}'><td>{point.strength:g}</td>"
             f"{''.join(f'<td>{cell}</td>' for cell in cells)}<td class=text>{note}</td></tr>"
         )
-    titles, files = [], []
-    for point in sweep.points:
-        s, use = point.strength, ", use this" if point is sweep.best else ""
-        titles.append(f"{'without' if s == 0 else f'strength {s:g}'}{use}")
-        step = {0: 0, 1: record["step"]}.get(s)
-        files.append("{:02d}-" + f"{f'strength-{s:g}' if step is None else f'step-{step:06d}'}.webp")
-    clips = _clips(prompts, titles, lambda index, column: folder / files[column].format(index))
+    titles = [
+        f"{'without' if p.strength == 0 else f'strength {p.strength:g}'}{', use this' if p is sweep.best else ''}"
+        for p in sweep.points
+    ]
+
+    def file(index: int, column: int) -> Path:
+        strength = sweep.points[column].strength
+        if strength == 1:
+            return folder / _preview(log, index, record["step"])
+        return folder / (sweep_preview(index, strength) if strength else step_preview(index, 0))
+
+    clips = _clips(prompts, titles, file)
     return (
-        f"<h2>The LoRA of step {record['step']} at several strengths</h2><div class=scroll><table>"
+        f"<h2>The LoRA of {log.swept} at several strengths</h2><div class=scroll><table>"
         f"<tr><th>strength</th>{head}<th>motion<br>/ base</th><th>sharpness<br>/ base</th><th></th></tr>"
         f"{''.join(rows)}</table></div>"
         f"<img class=curve alt='gain over the strength' src='{_data(png_bytes(sweep_plot(sweep)), 'png')}'>{clips}"
@@ -127,9 +137,15 @@ def _videos(log: RunLog, prompts: Sequence[str], folder: Path) -> str:
     steps = log.columns()
     if not steps:
         return ""
-    titles = [("before" if s == 0 else f"step {s}") + (", best" if s == log.best else "") for s in steps]
-    clips = _clips(prompts, titles, lambda index, column: folder / f"{index:02d}-step-{steps[column]:06d}.webp")
+    best = ", best" if log.strength == 1 else f" at {log.strength:g}, best"
+    titles = [("before" if s == 0 else f"step {s}") + (best if s == log.best else "") for s in steps]
+    clips = _clips(prompts, titles, lambda index, column: folder / _preview(log, index, steps[column]))
     return f"<h2>The same prompts and seeds, before and after</h2>{clips}"
+
+
+def _preview(log: RunLog, index: int, step: int) -> str:
+    """Of a clip with the LoRA of a step, the best one at the strength it was kept at."""
+    return step_preview(index, step, log.strength if step == log.best else 1.0)
 
 
 def _evaluations(log: RunLog, reward: str) -> str:
@@ -138,14 +154,16 @@ def _evaluations(log: RunLog, reward: str) -> str:
     names = [f"{reward} (trained)", *(f"{name} (held out)" for name in log.heldout)]
     head = "".join(f"<th>{escape(name)}<br>gain, 95 % interval</th>" for name in names)
     curves = [log.gains(name) for name in ("", *log.heldout)]
+    best = "best" if log.strength == 1 else f"best at strength {log.strength:g}"
     rows = []
     for index, record in enumerate(log.evaluations):
         guards = record["guards"]
         cells = [_gain(curve[index]) if curve else "" for curve in curves]
         cells += [f"{guards['motion']:.2f}", f"{guards['sharpness']:.2f}"]
-        note = "best" if record["step"] == log.best else "bad" if guards["words"] else ""
+        kind = "best" if record["step"] == log.best else "bad" if guards["words"] else ""
+        note = best if kind == "best" else kind
         rows.append(
-            f"<tr class='{note}'><td>{record['step']}</td>{''.join(f'<td>{cell}</td>' for cell in cells)}"
+            f"<tr class='{kind}'><td>{record['step']}</td>{''.join(f'<td>{cell}</td>' for cell in cells)}"
             f"<td class=text>{note}</td></tr>"
         )
     return (

@@ -18,7 +18,7 @@ from ..files import write_text
 from .checkpoint import list_checkpoints
 from .events import Evaluation, StepEvent, TrainingStopped
 from .media import Curve, reward_curve, write_png, write_preview, write_video
-from .report import PREVIEWS, page, sweep_preview
+from .report import PREVIEWS, page, step_preview, sweep_preview
 from .run_log import RunLog
 
 SHOWN = 6
@@ -147,9 +147,13 @@ class RunFolder:
     def write_samples(self, step: int, frames: Tensor, fps: int) -> None:
         """The first :data:`SHOWN` clips of ``[N, 3, T, H, W]`` as videos, and previews of some for the report."""
         for index, clip in enumerate(frames[:SHOWN]):
-            path = write_video(sample_path(self.path, index, step), clip, fps)
-            if index < PREVIEWS:
-                write_preview(path.with_suffix(".webp"), clip, fps)
+            write_video(sample_path(self.path, index, step), clip, fps)
+        self.write_previews(step, frames, fps)
+
+    def write_previews(self, step: int, frames: Tensor, fps: int, strength: float = 1.0) -> None:
+        """Previews for the report of the first clips of ``[N, 3, T, H, W]``, with a step's LoRA at a strength."""
+        for index, clip in enumerate(frames[:PREVIEWS]):
+            write_preview(self.path / "samples" / step_preview(index, step, strength), clip, fps)
 
     def write_sweep_samples(self, strength: float, frames: Tensor, fps: int) -> None:
         """Previews of the first clips of ``[N, 3, T, H, W]`` at a strength, for the report."""

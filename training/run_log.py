@@ -11,14 +11,13 @@ from typing import Any
 import numpy as np
 import torch
 
+from .guards import GENTLE
 from .sweep import Sweep, SweepConfig, SweepPoint
 
 COLUMNS = 5
 """How many evaluations are shown side by side: the first, the best and the last among them."""
 NORMAL = 1.96
 """Standard errors to either side of a mean, for an interval of 95 %."""
-GENTLE = 0.7
-"""Strength that publishers of reward LoRAs show theirs at; what to try where nothing better is known."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +45,22 @@ class RunLog:
         """The best step; None if no evaluation was better than the base model."""
         found = [r["step"] for r in self.evaluations if r["guards"]["best"]]
         return found[-1] if found else None
+
+    @property
+    def strength(self) -> float:
+        """At which the best step is that; 1 unless its full strength was not sound."""
+        record = self.at(self.best)
+        return record["guards"].get("strength", 1.0) if record else 1.0
+
+    @property
+    def kept(self) -> Mapping[str, Any] | None:
+        """The best step's record, with the scores at its :attr:`strength`."""
+        record = self.at(self.best)
+        if record is None or self.strength == 1:
+            return record
+        gentler = record["guards"]["gentler"]
+        scored = {"rewards": gentler["reward"], "heldout": gentler["heldout"]}
+        return {**record, "guards": {**record["guards"], **scored}}
 
     def at(self, step: int | None) -> Mapping[str, Any] | None:
         return next((r for r in self.evaluations if r["step"] == step), None)
@@ -83,6 +98,12 @@ class RunLog:
         """The newest sweep of the run's LoRA, as :func:`.run_sweep.sweep_record` wrote it."""
         return next((r["sweep"] for r in reversed(self.steps) if "sweep" in r), None)
 
+    @property
+    def swept(self) -> str:
+        """What was swept, in words: a step, and the strength it was kept at if that is not its full one."""
+        step = self.sweep_record["step"] if self.sweep_record else None
+        return f"step {step}" + (f", kept at {self.strength:g}," if step == self.best and self.strength != 1 else "")
+
     @cached_property
     def sweep(self) -> Sweep | None:
         return _sweep(self.sweep_record) if self.sweep_record else None
@@ -101,15 +122,15 @@ def advice(log: RunLog, name: str, kept: bool = True) -> tuple[bool, list[str]]:
     """
     if len(log.evaluations) < 2:
         return False, ["There are not yet two evaluations to compare."]
-    last, best = log.evaluations[-1], log.at(log.best)
+    last, best = log.evaluations[-1], log.kept
     trained, low, high = log.gain(last)
     use, costs, words, warns = _use(log, name, kept), _costs(log, last, best), [], True
     if costs:
         joined = f"{_moved(trained)} {'while' if trained > 0 else 'and'} {_listed(costs)}"
         words.append(f"The trained reward {joined}: {use}.")
-    elif best is last:
+    elif best and best["step"] == last["step"]:
         warns = False
-        words.append(f"The last evaluation is the best: {use}; the trained reward {_moved(trained)}.")
+        words.append(f"The last evaluation is the best: {use}; the trained reward {_moved(log.gain(best)[0])}.")
     elif best:
         warns = False
         words.append(f"Step {best['step']} was the best: {use}; the trained reward {_moved(log.gain(best)[0])} there.")
@@ -138,15 +159,21 @@ def advice(log: RunLog, name: str, kept: bool = True) -> tuple[bool, list[str]]:
 
 def _use(log: RunLog, name: str, kept: bool) -> str:
     """Which file at which strength."""
-    last, best = log.evaluations[-1], log.at(log.best)
-    chosen = best or last
-    if best and best is not last and not kept:
-        return f"train {best['step']} steps instead, and try strength {GENTLE:g} first"
-    which = f"step {best['step']} ({name}_best.safetensors)" if best and best is not last else f"{name}.safetensors"
-    if log.sweep and log.sweep_record["step"] == chosen["step"]:
-        strength = log.sweep.best.strength
-        return f"use {which} at strength {strength:g}" if strength else "use no LoRA of this run"
-    if best:
+    last, best = log.evaluations[-1]["step"], log.best
+    newest = best in (None, last) and log.strength == 1
+    if not newest and not kept:
+        return f"train {best} steps instead, and try strength {GENTLE:g} first"
+    file = f"{name}{'' if newest else '_best'}.safetensors"
+    known = log.sweep and log.sweep_record["step"] == (last if best is None else best)
+    strength = log.sweep.best.strength if known else 1.0
+    if not strength:
+        return "use no LoRA of this run"
+    if log.strength != 1:
+        return f"use step {best} at strength {log.strength * strength:g}, which is {file} at strength {strength:g}"
+    which = file if newest else f"step {best} ({file})"
+    if known:
+        return f"use {which} at strength {strength:g}"
+    if best is not None:
         return f"use {which}, and try strength {GENTLE:g} first"
     return f"do not use {which} at full strength"
 
@@ -158,7 +185,7 @@ def _costs(log: RunLog, last: Mapping[str, Any], best: Mapping[str, Any] | None)
         gain, _, upper = log.gain(last, judge)
         if upper < 0:
             costs.append(f"{judge} fell {-gain:.4g}")
-        elif best and best is not last and guards["words"]:
+        elif best and best["step"] != last["step"] and guards["words"]:
             loss, lower, _ = interval(np.subtract(scores(best, judge), scores(last, judge)))
             if lower > 0:
                 costs.append(f"{judge} fell {loss:.4g} since step {best['step']}")
@@ -192,8 +219,8 @@ def _why(sweep: Sweep) -> str:
 def deeds(log: RunLog, config: Mapping[str, Any]) -> list[str]:
     """What every guard was set to, did, and why."""
     told = [f"Preset {config['guards']}."]
-    best = log.best
-    kept = f"kept step {best}" if best is not None else "has nothing to keep yet"
+    best, at = log.best, f" at strength {log.strength:g}" if log.strength != 1 else ""
+    kept = f"kept step {best}{at}" if best is not None else "has nothing to keep yet"
     told.append(f"keep_best {kept}." if config["keep_best"] else "keep_best is off.")
     ends = [r["stop"] for r in log.steps if r.get("stop")]
     if not config["patience"]:
@@ -201,9 +228,16 @@ def deeds(log: RunLog, config: Mapping[str, Any]) -> list[str]:
     else:
         told.append(f"Early stop: {ends[-1]}." if ends else f"Early stop (patience {config['patience']}) did not fire.")
     told += [f"Step {r['step']}: {r['guards']['words']}." for r in log.evaluations if r["guards"]["words"]]
+    for record in log.evaluations:
+        if again := record["guards"].get("gentler"):
+            found = "was, and still the best: kept" if record["guards"]["best"] else "was not, or not better"
+            told.append(
+                f"Step {record['step']} scored higher than the best but was not surely sound; at strength "
+                f"{again['strength']:g} it {found}."
+            )
     if log.sweep and log.sweep_record:
         strengths = ", ".join(f"{point.strength:g}" for point in log.sweep.points)
-        told.append(f"The LoRA of step {log.sweep_record['step']} was painted at the strengths {strengths}.")
+        told.append(f"The LoRA of {log.swept} was painted at the strengths {strengths}.")
     if config["motion_guard"]:
         ratios = [r["motion"] for r in log.steps if r.get("motion") is not None]
         under = sum(ratio < config["motion_floor"] for ratio in ratios)

@@ -13,11 +13,13 @@ from ..lora.adapter import Adapter
 from ..lora.files import read_lora
 from ..lora.match import fit
 from ..video_models.protocol import VideoModel
-from .guards import Guards, Reading
+from .adapters import at_strength
+from .guards import Reading
 from .run_folder import best_path
 
 if TYPE_CHECKING:
     from .trainer import Trainer
+    from .watch import Watch
 
 STRENGTHS = (0.25, 0.5, 0.7)
 """Painted when a run ends; 0 and 1 its evaluations have painted already."""
@@ -37,12 +39,13 @@ def weights_from(paths: Mapping[str, Path], adapters: Mapping[str, Adapter], mod
         yield
 
 
-def sweep_run(trainer: Trainer, guards: Guards, adapters: Mapping[str, Adapter]) -> None:
+def sweep_run(trainer: Trainer, watch: Watch) -> None:
     """Paint the evaluation prompts with what a run gives, its best LoRA or its newest, and note it in its log.
 
     Nothing is painted twice, and nothing if there is no evaluation of it on two prompts or more.
     """
-    best, now, files, c = guards.best, guards.now, trainer.files, trainer.config
+    guards, adapters, files, c = watch.guards, watch.adapters, trainer.files, trainer.config
+    best, now = guards.best, guards.now
     if now is None or guards.base is None or not now.step or len(now.reward) < 2:
         return
     kept = bool(best and best.step and trainer.kept_paths)
@@ -53,9 +56,7 @@ def sweep_run(trainer: Trainer, guards: Guards, adapters: Mapping[str, Adapter])
     paths = {expert: best_path(path) for expert, path in trainer.lora_paths.items()}
     with weights_from(paths, adapters if kept else {}, trainer.model):
         for strength in STRENGTHS:
-            with ExitStack() as stack:
-                for adapter in adapters.values():
-                    stack.enter_context(adapter.at_strength(strength))
+            with at_strength(adapters.values(), strength):
                 found = trainer.evaluate()
             readings[strength] = Reading.of(chosen.step, found)
             files.write_sweep_samples(strength, found.frames, trainer.model.spec.fps)

@@ -7,7 +7,7 @@ import math
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -16,7 +16,7 @@ from torch import Tensor
 from ..lora.adapter import Adapter, LoraUse, total_norm
 from ..reward_models.protocol import Reward
 from ..video_models.protocol import Tick, VideoModel
-from .adapters import injected, without, write
+from .adapters import injected, without
 from .average import Average
 from .checkpoint import Progress, RunIdentity, list_checkpoints, load_latest, save_checkpoint
 from .config import TrainConfig
@@ -24,7 +24,7 @@ from .distributed import Group, told_when_alone
 from .events import Evaluation, StepEvent, TrainingStopped
 from .examples import Example, as_examples, check_examples
 from .gradient import silent
-from .guards import Guards, Reading
+from .guards import Guards
 from .interrupts import interrupt_later
 from .learner import Learner, Part
 from .memory import peak_memory, plan_for
@@ -33,6 +33,7 @@ from .run_sweep import sweep_run
 from .seeds import draw_prompts, seed_for
 from .sharding import ALONE, is_sharded
 from .trackers import Trackers, check_installed, tracked
+from .watch import Watch
 
 log = logging.getLogger(__name__)
 
@@ -104,9 +105,9 @@ class Trainer:
         self.lora_paths = {expert: self.files.lora_path(expert, model.spec.experts) for expert in c.experts}
         if c.shard and not is_sharded(model):
             raise ValueError(ALONE)
-        self._group, self._metadata, self._heldout = group or Group(), metadata or {}, tuple(heldout)
-        self._start = tuple(start)
-        self._watch: Guards | None = None
+        self.group, self.metadata = group or Group(), metadata or {}
+        self.heldout, self.start = tuple(heldout), tuple(start)
+        self._watch: Watch | None = None
         self._device = _indexed(torch.device(device)) if device is not None else model.device
         self._learner = Learner(model, reward, c, tick, self._device, cache)
         check_installed(c.trackers)
@@ -130,17 +131,17 @@ class Trainer:
     @property
     def result_paths(self) -> list[Path]:
         """What the run gives: the newest LoRAs, or if its last evaluation was bad those of the best."""
-        return (self._watch and self._watch.bad and self.kept_paths) or list(self.lora_paths.values())
+        return (self._watch and self._watch.guards.bad and self.kept_paths) or list(self.lora_paths.values())
 
     @property
     def videos_a_step(self) -> int:
         """The effective batch."""
-        return self._group.size * self.config.accumulation * self.config.batch_size
+        return self.group.size * self.config.accumulation * self.config.batch_size
 
     @property
     def batch_in_words(self) -> str:
         """The effective batch and what it is made of."""
-        c, size, videos = self.config, self._group.size, self.videos_a_step
+        c, size, videos = self.config, self.group.size, self.videos_a_step
         parts = f"{size} process{'es' * (size > 1)} x {c.accumulation} accumulated x batches of {c.batch_size}"
         return f"{videos} video{'s' * (videos > 1)} a step: {parts}"
 
@@ -154,7 +155,7 @@ class Trainer:
                 alone.callback(self._learner.rest)
                 self._learner.prepare(self.samples)
                 alone.enter_context(self._learner.at_work())
-            return self._learner.evaluate(self.samples, self._heldout)
+            return self._learner.evaluate(self.samples, self.heldout)
 
     def estimate(self, free: int) -> str:
         """What memory the run would need, by phase and plan, as a table; and which plan fits into ``free`` bytes."""
@@ -163,7 +164,7 @@ class Trainer:
         return self._learner.estimate().table(free)
 
     def __iter__(self) -> Iterator[StepEvent]:
-        c, leads = self.config, self._group.leads
+        c, leads = self.config, self.group.leads
         if leads:
             self.files.claim()
             log.info(self.batch_in_words)
@@ -172,34 +173,35 @@ class Trainer:
             undo.enter_context(told_when_alone())
             undo.callback(self._learner.rest)
             self._learner.prepare([*self.examples, *self.samples])
-            adapters = injected(self.model, c, self._start, self._device, undo)
+            adapters = injected(self.model, c, self.start, self._device, undo)
             undo.enter_context(self._learner.at_work())
             parameters = {
                 f"{expert}.{key}": parameter
                 for expert, adapter in adapters.items()
                 for key, parameter in adapter.parameters().items()
             }
-            self._group.share(parameters.values())
+            self.group.share(parameters.values())
             optimizer = torch.optim.AdamW(
                 list(parameters.values()), c.learning_rate, (c.beta1, c.beta2), c.epsilon, c.weight_decay
             )
             average = Average(parameters, c.ema)
             state = (self._identity, parameters, average.values, optimizer, self.reward, self._begun)
-            progress = load_latest(self.folder, *state) or Progress(processes=self._group.size)
-            if progress.processes != self._group.size and leads:
+            progress = load_latest(self.folder, *state) or Progress(processes=self.group.size)
+            if progress.processes != self.group.size and leads:
                 log.warning(
                     "this run was made by %s so far and goes on with %s: from step %d on its prompts and noise are "
                     "other ones than they would have been, %d videos a step",
-                    *(f"{n} process{'es' * (n > 1)}" for n in (progress.processes, self._group.size)),
+                    *(f"{n} process{'es' * (n > 1)}" for n in (progress.processes, self.group.size)),
                     progress.step + 1, self.videos_a_step,
                 )  # fmt: skip
-            progress.processes = self._group.size
+            progress.processes = self.group.size
             optimizer.register_step_post_hook(lambda *_: average.update(progress.step - progress.skipped))
             if progress.memory and c.memory == "auto" and not c.shard:
                 self._learner.adopt(plan_for(progress.memory, self.model))
-            guards = self._watch = self._guards(progress)
+            watch = self._watch = Watch(self, adapters, progress)
+            guards = watch.guards
             saved_at = progress.step if list_checkpoints(self.folder) else -1
-            self._group.gather(progress.step)  # nobody writes before everybody has read
+            self.group.gather(progress.step)  # nobody writes before everybody has read
             if leads:
                 self.files.open(progress.step, c.to_dict(), [sample.prompt for sample in self.samples])
                 self._trackers = undo.enter_context(
@@ -214,10 +216,10 @@ class Trainer:
 
             try:
                 if progress.step == 0:
-                    yield self._logged(self._before(guards, adapters))
+                    yield self._logged(self._before(watch))
                 elif c.evaluates_after(progress.step) and guards.last < progress.step:  # it was stopped in the middle
                     with average.in_place():
-                        missed, saved_at = self._evaluate(progress.step, guards, adapters), -1
+                        missed, saved_at = watch.evaluate(progress.step), -1
                     if missed:
                         self.files.amend(missed)
                         self._trackers.evaluation(missed, progress.step)
@@ -226,7 +228,7 @@ class Trainer:
                     if c.evaluates_after(progress.step):
                         try:
                             with average.in_place():
-                                evaluation = self._evaluate(progress.step, guards, adapters)
+                                evaluation = watch.evaluate(progress.step)
                             event = replace(event, evaluation=evaluation, stop=guards.stopped)
                         except BaseException:  # the step is made, whatever became of its evaluation
                             self._logged(event)
@@ -243,8 +245,8 @@ class Trainer:
                         )
                 if leads and c.sweep and not c.shard:
                     with average.in_place():
-                        sweep_run(self, guards, adapters)
-                self._group.gather(None)  # nobody leaves before
+                        sweep_run(self, watch)
+                self.group.gather(None)  # nobody leaves before
             finally:
                 with interrupt_later():
                     try:
@@ -253,8 +255,7 @@ class Trainer:
                     finally:  # the LoRA is smaller than a checkpoint
                         if leads:
                             with average.in_place():
-                                for expert, adapter in adapters.items():
-                                    self._save_lora(self.lora_paths[expert], expert, adapter, progress.step)
+                                watch.save(progress.step)
                             self.files.draw()
 
     def _step(
@@ -277,7 +278,7 @@ class Trainer:
         optimizer.zero_grad(set_to_none=True)
         for micro in range(c.accumulation):
             examples, seeds, draw = self._batch(turn * c.accumulation + micro)
-            batch = f"{draw}.{self._group.rank}.{self._group.size}"
+            batch = f"{draw}.{self.group.rank}.{self.group.size}"
             report = not micro and c.evaluates_after(progress.step + 1)
             lesson = self._learner.learn(
                 examples, seeds, plan, draw, parameters, lambda: without(adapters.values()), weight, report,
@@ -297,10 +298,10 @@ class Trainer:
             trouble = "the reward found nothing to judge, such as no face: its gradient was 0 everywhere"
         progress.memory = self._learner.plan.name
         if used_again:  # everybody's, for the checkpoint
-            for of_one in self._group.gather(begun):
+            for of_one in self.group.gather(begun):
                 self._begun.update(of_one)
-        counted = self._group.average(parameters.values(), not trouble)
-        parts = [part for parts_of_one in self._group.gather(parts) for part in parts_of_one]
+        counted = self.group.average(parameters.values(), not trouble)
+        parts = [part for parts_of_one in self.group.gather(parts) for part in parts_of_one]
         trouble = "" if counted else trouble or "no process could judge its batch"
         learning_rate = c.lr_at(progress.step)
         gradients = [p.grad for p in parameters.values() if p.grad is not None]
@@ -343,57 +344,23 @@ class Trainer:
 
     def _batch(self, draw: int) -> tuple[list[Example], list[int], int]:
         """Examples and noise seeds of this process's part of a batch: N processes share one N times as large."""
-        c, group = self.config, self._group
+        c, group = self.config, self.group
         indices = draw_prompts(len(self.examples), seed_for(c.seed, 0), draw, c.batch_size * group.size)
         mine = range(group.rank * c.batch_size, (group.rank + 1) * c.batch_size)
         return [self.examples[indices[b]] for b in mine], [seed_for("noise", c.seed, draw, 0, b) for b in mine], draw
 
-    def _guards(self, progress: Progress) -> Guards:
-        """The guards as a checkpoint left them; what they learn goes into the next one."""
-        c, judges = self.config, [judge.name for judge in self._heldout]
-        of = [*(sample.identity for sample in self.samples), *judges]
-        guards = Guards(c.patience, c.motion_floor, self.reward.name, of, progress.guards)
-        progress.guards = guards.state
-        return guards
-
-    def _before(self, guards: Guards, adapters: dict[str, Adapter]) -> StepEvent:
+    def _before(self, watch: Watch) -> StepEvent:
         """The state before any step."""
         started, nan = time.monotonic(), math.nan
-        evaluation = self._evaluate(0, guards, adapters) if self.config.sample_every else None
+        evaluation = watch.evaluate(0) if self.config.sample_every else None
         took, peak = time.monotonic() - started, peak_memory(self._device)
         return StepEvent(0, self.config.steps, nan, nan, nan, 0.0, took, peak, evaluation=evaluation)
 
-    def _evaluate(self, step: int, guards: Guards, adapters: dict[str, Adapter]) -> Evaluation | None:
-        """Only the leading process evaluates; the others wait for what its guards say, or lend it their shards."""
-        evaluation = None
-        if self.config.shard and not self._group.leads:
-            if (step or self._start) and guards.base is None:
-                with without(adapters.values()):
-                    self.evaluate()
-            self.evaluate()
-        if self._group.leads:
-            if (step or self._start) and guards.base is None:  # evaluations, or their prompts, are new to this run
-                with without(adapters.values()):
-                    guards.observe(Reading.of(0, self.evaluate()))
-            evaluation = self.evaluate()
-            self.files.write_samples(step, evaluation.frames, self.model.spec.fps)
-            finding = guards.observe(Reading.of(step, evaluation))
-            evaluation = replace(evaluation, findings=asdict(finding))
-            if finding.best and self.config.keep_best:
-                for expert, adapter in adapters.items():
-                    self._save_lora(best_path(self.lora_paths[expert]), expert, adapter, step)
-        guards.state.update(self._group.gather(guards.state)[0])
-        return evaluation
-
     def _logged(self, event: StepEvent) -> StepEvent:
-        if self._group.leads:
+        if self.group.leads:
             self.files.add(event)
             self._trackers.step(event)
         return event
-
-    def _save_lora(self, path: Path, expert: str, adapter: Adapter, step: int) -> None:
-        about = {"reward": self.reward.name, "step": str(step), **self._metadata}
-        write(path, self.model, expert, adapter, self.config, about)
 
 
 def _indexed(device: torch.device) -> torch.device:
