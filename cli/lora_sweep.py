@@ -27,6 +27,7 @@ class Sweep:
         model: A folder with a video model, or `builtin`.
         reward: The judge the LoRA was trained towards.
         also: A reward it was not trained towards; may be repeated. Those decide, if there are any.
+        download: Fetch the model and files of rewards that are missing.
         reward_path: Of the judge's files; for several rewards, the folder that holds the files of all.
         strengths: In -2..2; 0 is always among them.
         prompt: What to show; may be repeated. Best such that the LoRA was not trained on.
@@ -53,6 +54,7 @@ class Sweep:
     model: str = BUILTIN
     reward: str = "tiny_clip"
     also: UseAppendAction[tuple[str, ...]] = ()
+    download: bool = False
     reward_path: Path | None = None
     strengths: tuple[float, ...] = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5)
     prompt: UseAppendAction[tuple[str, ...]] = ()
@@ -86,8 +88,10 @@ class Sweep:
         config = SweepConfig(**{name: getattr(self, name) for name in names}, prompts=self._prompts())
         use, kept = parse_lora(self.lora), [parse_lora(text) for text in self.keep]
         device = pick_device(self.device)
-        judge, *others = (find_reward(name, self.reward_path, device) for name in (self.reward, *self.also))
-        model = open_model(self.model, dtype=self.dtype, device=device)
+        judge, *others = (
+            find_reward(name, self.reward_path, device, download=self.download) for name in (self.reward, *self.also)
+        )
+        model = open_model(self.model, dtype=self.dtype, device=device, download=self.download)
         print("\n".join(use.check(model)))
         tick = Placement(model, None, silent, plan_for("auto", model), model.device)  # the text encoder leaves
         painting = run_sweep(model, use, config, judge, others, kept=kept, tick=tick)

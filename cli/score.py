@@ -31,7 +31,8 @@ class Score:
         reward: A name, your own as `file.py:NAME`, or a mixture such as `hps_v2.1*0.5+aesthetic_v2*0.1`; may be
             repeated; tiny_clip if not given.
         reward_path: The reward's file or folder; for several rewards, the folder that holds the files of all.
-        download: Fetch weights that are missing into that folder.
+            Without it they are looked for by their names in `models/reward_models`.
+        download: Fetch weights that are missing into that folder, or into `models/reward_models`.
         reference: Picture or video of what the clips should match, for rewards that need one.
         per_frame: Also score every frame as a picture of its own.
         rank: Best first, by the first reward, instead of in the order given.

@@ -23,6 +23,8 @@ ROOT = Path(__file__).resolve().parent.parent
 DType = Literal["auto", "float32", "bfloat16", "float16"]
 VIDEO_MODELS = Path("models/video_models")
 """Where models are found by their name, and downloaded to."""
+REWARD_MODELS = Path("models/reward_models")
+"""Where rewards' files are found by their published names, and downloaded to."""
 
 
 def pick_device(name: str) -> str:
@@ -111,21 +113,26 @@ def find_reward(
         path: Where the reward's files are; of a mixture, the folder that holds those of all, and an option ``path``
             of a term is its own.
         device: Where it computes.
-        download: Fetch files that are missing.
-        search: More folders in which to look for files.
+        download: Fetch files that are missing into the first folder of those in which they are looked for.
+        search: Where to look for files after ``path``, and before ``models/reward_models``.
 
     Raises:
         ValueError: It is not spelled well, not known, or its files are not there.
     """
+    from tqdm import tqdm
+
     spelling = parse(text)
     shared = path if spelling.single else None
 
     def load(name: str, options: Mapping[str, str]) -> Reward:
         own = dict(options)
-        where, places = own.pop("path", shared), [*([path] if path else []), *search]
+        where, places = own.pop("path", shared), [*([path] if path else []), *search, REWARD_MODELS]
         if name.rpartition(":")[0].endswith(".py"):
             return _reward_of_ones_own(name)
-        return load_reward(name, where, device, options=own, search=places, download=download)
+        with tqdm(unit="B", unit_scale=True, desc=name, disable=not download, leave=False, delay=1) as bar:
+            return load_reward(
+                name, where, device, options=own, search=places, download=download, progress=filling(bar)
+            )
 
     return spelling.load(load)
 

@@ -10,6 +10,7 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 from ..lora.adapter import applied
+from ..reward_models.protocol import Reward
 from ..training import learner
 from ..training.distributed import Group, PeerLost, joined, own_device
 from ..training.events import TrainingStopped
@@ -95,7 +96,7 @@ def trainer_of(
         return model
 
     model = group.in_turn(load, one_by_one=job.config.shard)
-    reward = _reward(job.reward)
+    reward = _reward(job.reward, job.model.download)
     with applied(model, job.uses) as reports, _listening() if group.leads else nullcontext():
         for line in reports:
             say(line)
@@ -106,7 +107,7 @@ def trainer_of(
             job.config,
             job.folder,
             sample_prompts=job.samples,
-            heldout=[_reward(judge) for judge in job.heldout],
+            heldout=[_reward(judge, job.model.download) for judge in job.heldout],
             start=job.start,
             group=group,
             device=device,
@@ -136,7 +137,6 @@ def announcement(trainer: Trainer) -> list[str]:
     ]
 
 
-def _reward(source: RewardSource):
-    return find_reward(
-        source.text, Path(source.path) if source.path else None, "cpu", search=[Path(p) for p in source.search]
-    )
+def _reward(source: RewardSource, download: bool) -> Reward:
+    path, search = Path(source.path) if source.path else None, [Path(folder) for folder in source.search]
+    return find_reward(source.text, path, "cpu", download=download, search=search)

@@ -14,6 +14,7 @@ import threading
 
 import pytest
 import torch
+from reward_lora.cli.shared import find_reward
 from reward_lora.files import WeightFileError
 from reward_lora.hub import RemoteFile
 from reward_lora.reward_models import GROUP, REWARDS, all_rewards, load_reward
@@ -217,6 +218,16 @@ def test_fetched_into_the_first_folder_on_request(name, hub, reward_files, tmp_p
     assert seen
     hub.shutdown()
     load_reward(name, search=[home])
+
+
+def test_the_command_line_keeps_rewards_in_their_folder(hub, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(WeightFileError, match="clip_l14 lacks .*: allow the download, or put"):
+        find_reward("clip_l14", None, "cpu")
+    find_reward("clip_l14", None, "cpu", download=True)
+    assert (tmp_path / "models" / "reward_models" / "clip-vit-large-patch14").is_dir()
+    hub.shutdown()
+    find_reward("clip_l14", None, "cpu")
 
 
 def test_a_wrong_checksum_is_one_sentence(hub, tmp_path, monkeypatch):
