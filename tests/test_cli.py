@@ -10,6 +10,7 @@ import pytest
 import torch
 from reward_lora import cli
 from reward_lora.cli.shared import ROOT
+from reward_lora.selfcheck import exactness
 from reward_lora.training.config import TrainConfig
 from safetensors.torch import save_file
 
@@ -37,7 +38,13 @@ def test_help_teaches(capsys):
     assert "Steps over which the learning rate rises" in re.sub(r"[\s│]+", " ", out)
 
 
-def test_selfcheck_on_the_fixtures(capsys):
+@pytest.fixture
+def short_proof(monkeypatch):
+    """One schedule of the exactness proof, which ``test_gradient`` makes in full."""
+    monkeypatch.setattr(exactness, "SCHEDULES", {"all steps": exactness.SCHEDULES["all steps"]})
+
+
+def test_selfcheck_on_the_fixtures(capsys, short_proof):
     status, out, _ = run(capsys, "selfcheck", "--fixtures", FIXTURES)
     lines = out.splitlines()
     assert status == 0
@@ -46,7 +53,7 @@ def test_selfcheck_on_the_fixtures(capsys):
         assert " ok " in line
 
 
-def test_selfcheck_fails_loudly(capsys, tmp_path):
+def test_selfcheck_fails_loudly(capsys, short_proof, tmp_path):
     for name in ("meta.json", "io.safetensors", "transformer.safetensors", "lora_videox_fun.safetensors"):
         (tmp_path / name).write_bytes((FIXTURES / "wan_t2v" / name).read_bytes())
     from safetensors.torch import load_file
