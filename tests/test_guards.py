@@ -510,6 +510,11 @@ def test_the_judge_is_shown_as_many_views_as_were_asked_for(wan):
     assert len(calls) == 3
     assert verdict.rewards.item() == pytest.approx(sum(c.mean().item() for c in calls) / 3)
     assert not torch.equal(calls[0], calls[1])
+    calls.clear()
+    mixed = judge(Walk(wan, None, 1.0), latents, Mixture([Counting()], [2.0]), [""], Objective(),
+                  View(1, seed=3, augment=3))  # fmt: skip
+    assert mixed.terms["bright"].item() == pytest.approx(verdict.rewards.item())
+    assert mixed.terms["bright"].item() != calls[-1].mean().item()
 
 
 def test_conflicts_of_a_mixture(wan, fast, tmp_path):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -59,6 +59,7 @@ class Judgement:
         frames: ``[B, 3, T, H, W]`` that were judged.
         motion: Relative to the base model's, if a guard looked.
         blind: Whether the reward found nothing to judge, such as no face: nowhere a gradient, and no target reached.
+        terms: Of a mixture, what each said, ``[B]`` by name, the mean over the view's augmentations.
     """
 
     rewards: Tensor
@@ -67,6 +68,7 @@ class Judgement:
     frames: Tensor = field(repr=False)
     motion: float = math.nan
     blind: bool = False
+    terms: Mapping[str, Tensor] = field(default_factory=dict)
 
     @property
     def finite(self) -> bool:
@@ -123,7 +125,7 @@ def judge(
             frames = decoder.with_graph(part)
             shown, weights = view.shown(model, total, frames.shape[2])
             seen = frames[:, :, shown]
-            rewards, loss = _score(walk, seen, reward, prompts, objective, view, weights, guard, reference)
+            rewards, loss, terms = _score(walk, seen, reward, prompts, objective, view, weights, guard, reference)
             (found,) = torch.autograd.grad(loss, part)
     else:
         clips, given = decoder.forward(part)
@@ -132,7 +134,7 @@ def judge(
         seen = torch.cat(clips, dim=2)[:, :, shown].requires_grad_()
         del clips  # while the gradient goes back, the frames are there once, and once their gradient
         with torch.enable_grad():
-            rewards, loss = _score(walk, seen, reward, prompts, objective, view, weights, guard, reference)
+            rewards, loss, terms = _score(walk, seen, reward, prompts, objective, view, weights, guard, reference)
             (at_seen,) = torch.autograd.grad(loss, seen)
         at_frames = at_seen.new_zeros(*seen.shape[:2], sum(lengths), *seen.shape[3:])
         at_frames[:, :, shown] = at_seen
@@ -150,7 +152,7 @@ def judge(
                 penalty = guard(moving)
                 gradient += torch.autograd.grad(penalty, moving)[0]
             total += float(penalty.detach())
-    return Judgement(rewards.detach(), total, gradient, seen.detach(), motion, blind)
+    return Judgement(rewards.detach(), total, gradient, seen.detach(), motion, blind, terms)
 
 
 def _score(
@@ -163,8 +165,11 @@ def _score(
     weights: Tensor | None,
     guard: MotionGuard | None,
     reference: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    """Rewards ``[B]``, the mean over the view's augmentations, and the loss; ``weights`` are the frames' or None."""
+) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """Rewards ``[B]``, the loss, and a mixture's terms; ``weights`` are the frames' or None.
+
+    Rewards and terms are the mean over the view's augmentations.
+    """
     walk.tick("reward")
     judged = frames
     if weights is not None:  # of a mean over frames, this is the gradient of the weighted mean
@@ -172,8 +177,13 @@ def _score(
         judged.register_hook(lambda gradient: gradient * weights.to(gradient)[:, None, None])
     shown = [augmented(judged, seed_for("augment", view.seed, n)) for n in range(view.augment)] or [judged]
     reference = None if reference is None else reference.to(frames)
-    rewards = torch.stack([reward.score(clips, prompts, reference=reference) for clips in shown]).mean(0)
+    scores, said = [], []
+    for clips in shown:
+        scores.append(reward.score(clips, prompts, reference=reference))
+        said.append(getattr(reward, "terms", {}))
+    rewards = torch.stack(scores).mean(0)
+    terms = {name: torch.stack([of_one[name] for of_one in said]).mean(0) for name in said[0]}
     if not rewards.requires_grad:
         raise ValueError(f"the reward {reward.name} passes no gradient to the frames, so it can score but not train")
     loss = objective(rewards).mean()
-    return rewards, loss + guard(frames) if guard is not None and view.several else loss
+    return rewards, loss + guard(frames) if guard is not None and view.several else loss, terms

@@ -287,8 +287,7 @@ class Trainer:
             if used_again:
                 begun[batch] = lesson.begun.cpu()
             verdict, conflicts = lesson.verdict, lesson.conflicts or conflicts
-            said = getattr(self.reward, "terms", {})
-            parts.append(Part(verdict.rewards.cpu(), verdict.loss, lesson.drift, verdict.motion, said))
+            parts.append(Part(verdict.rewards.cpu(), verdict.loss, lesson.drift, verdict.motion, verdict.terms))
             blind += verdict.blind
             if not verdict.finite:
                 trouble = "the reward or its gradient was not a finite number"
