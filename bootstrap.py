@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import os
+import shutil
 import subprocess
 import sys
 import time
 import venv
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent
@@ -15,55 +17,72 @@ ENVIRONMENT = ROOT / ".venv"
 ORACLES = ("hpsv2", "image-reward")
 
 
-def ready(extra: str = "") -> Path:
-    """Path of the folder with the environment's programs, made or brought up to date if need be.
+def program(name: str) -> Path:
+    """Where the environment keeps one of its programs."""
+    return ENVIRONMENT / ("Scripts" if os.name == "nt" else "bin") / (f"{name}.exe" if os.name == "nt" else name)
+
+
+def ready(extra: str = "") -> None:
+    """Make the environment, or bring it up to date, if need be.
 
     Args:
         extra: An optional dependency group of pyproject.toml to install too.
     """
-    programs = ENVIRONMENT / ("Scripts" if os.name == "nt" else "bin")
     wanted = hashlib.sha256((ROOT / "pyproject.toml").read_bytes()).hexdigest()
     stamp = ENVIRONMENT / f"installed-{extra or 'base'}.txt"
-    if stamp.is_file() and stamp.read_text() == wanted:
-        return programs
+    if stamp.is_file() and stamp.read_text(encoding="utf-8") == wanted:
+        return
     started = time.monotonic()
     print(f"Installing into {ENVIRONMENT} (PyTorch is large: a few minutes the first time) ...", flush=True)
-    python = str(_python(programs))
-    target = f"{ROOT}[{extra}]" if extra else str(ROOT)
-    command = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--editable", target]
+    _install("--editable", f"{ROOT}[{extra}]" if extra else str(ROOT))
+    if extra == "test":  # compared with, never used: their pins would break the environment, and tests do without them
+        subprocess.run([*_pip(), "--no-deps", *ORACLES], check=False, cwd=ENVIRONMENT)
+    stamp.write_text(wanted, encoding="utf-8")
+    print(f"Installed in {time.monotonic() - started:.0f} s.", flush=True)
+
+
+def _install(*what: str) -> None:
+    command = [*_pip(), *what]
     if subprocess.run(command, check=False, cwd=ENVIRONMENT).returncode:
         sys.exit(f"the installation failed; the command was: {' '.join(command)}")
-    if extra == "test":  # compared with, never used: their pins would break the environment, and tests do without them
-        subprocess.run([*command[:-2], "--no-deps", *ORACLES], check=False, cwd=ENVIRONMENT)
-    stamp.write_text(wanted)
-    print(f"Installed in {time.monotonic() - started:.0f} s.", flush=True)
-    return programs
 
 
-def _python(programs: Path) -> Path:
+def _pip() -> list[str]:
+    """The command that installs, in an environment that is made if there is none."""
     if sys.version_info < (3, 10):  # noqa: UP036  (this file must speak to older ones)
         sys.exit(f"Python 3.10 or newer is needed, this is {sys.version.split()[0]}")
-    python = programs / ("python.exe" if os.name == "nt" else "python")
+    python = program("python")
     if not python.exists():
-        venv.create(ENVIRONMENT, with_pip=True)
-    return python
+        try:
+            venv.create(ENVIRONMENT, with_pip=True)
+        except subprocess.CalledProcessError:
+            shutil.rmtree(ENVIRONMENT)  # it has no pip, and would look whole the next time
+            sys.exit(f"{sys.executable} cannot make environments; on Debian and Ubuntu: apt install python3-venv")
+    return [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
 
 
 def comfy_cli() -> Path:
     """comfy-cli's program, installed into the environment if need be; nothing else is."""
-    programs = ENVIRONMENT / ("Scripts" if os.name == "nt" else "bin")
-    comfy = programs / ("comfy.exe" if os.name == "nt" else "comfy")
+    comfy = program("comfy")
     if not comfy.exists():
         print(f"Installing comfy-cli into {ENVIRONMENT} ...", flush=True)
-        command = [str(_python(programs)), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
-        if subprocess.run([*command, "comfy-cli"], check=False).returncode:
-            sys.exit(f"the installation failed; the command was: {' '.join([*command, 'comfy-cli'])}")
+        _install("comfy-cli")
     return comfy
 
 
-def run(program: str, arguments: list[str], extra: str = "", **environment: str) -> int:
+def run(name: str, arguments: list[str], extra: str = "", **environment: str) -> int:
     """Run one of the environment's programs from the repository's root; returns its exit status."""
-    path = ready(extra) / program
+    ready(extra)
     # The root is a package, not a folder of modules: keep it off the path of what we start.
-    env = {**os.environ, "PYTHONSAFEPATH": "1", "PYTHONUNBUFFERED": "1", **environment}
-    return subprocess.run([str(path), *arguments], check=False, cwd=ROOT, env=env).returncode
+    env = {**os.environ, "PYTHONSAFEPATH": "1", "PYTHONUNBUFFERED": "1", "PYTHONUTF8": "1", **environment}
+    return run_to_end([str(program(name)), *arguments], cwd=ROOT, env=env)
+
+
+def run_to_end(command: Sequence[str], *, env: Mapping[str, str], cwd: Path | None = None) -> int:
+    """Run a program that at Ctrl-C, which it gets too, is given the time to save; returns its exit status."""
+    with subprocess.Popen(command, env=env, cwd=cwd) as process:
+        while True:
+            try:
+                return process.wait()
+            except KeyboardInterrupt:  # subprocess.run would kill it after a quarter of a second
+                continue

@@ -82,14 +82,18 @@ def run(config: TrainConfig, folder: Path, device: str, unseen: int) -> int:
     print(f"{len(prompts)} unseen prompts, {time.monotonic() - began:.0f} s\n{table(reports)}\n", flush=True)
     # Watched during training: a few of the training prompts; the unseen ones stay unseen.
     trainer = Trainer(model, reward, read_prompts(PROMPTS_TRAIN), config, folder)
-    with closing(iter(trainer)) as events:
-        for event in events:
-            if event.evaluation:
-                print(
-                    f"step {event.step:3d} of {event.steps}: reward {event.evaluation.reward:.3f} on fixed prompts, "
-                    f"{time.monotonic() - began:.0f} s",
-                    flush=True,
-                )
+    try:
+        with closing(iter(trainer)) as events:
+            for event in events:
+                if event.evaluation:
+                    print(
+                        f"step {event.step:3d} of {event.steps}: reward {event.evaluation.reward:.3f} on fixed "
+                        f"prompts, {time.monotonic() - began:.0f} s",
+                        flush=True,
+                    )
+    except KeyboardInterrupt:
+        print("\nstopped; the same command with --resume goes on")
+        return 130
     lora = read_lora(trainer.lora_path)
     for strength in (0.5, 1.0):
         with applied(model, [LoraUse(lora, strength)]):
