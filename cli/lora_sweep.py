@@ -7,11 +7,12 @@ from pathlib import Path
 
 from tyro.conf import Positional, UseAppendAction
 
+from ..assets import PROMPTS_TEST
 from ..files import write_text
 from ..reward_models.judging import table
 from ..training.prompts import read_prompts
 from ..video_models import BUILTIN
-from .shared import ROOT, DType, find_reward, open_model, parse_lora, pick_device
+from .shared import DType, find_reward, open_model, parse_lora, pick_device
 
 
 @dataclass
@@ -112,5 +113,5 @@ class Sweep:
             return self.prompt
         if self.prompts is None and self.model != BUILTIN:
             raise ValueError('give --prompt "..." or --prompts FILE: a text file with one prompt a line')
-        read = read_prompts(self.prompts or ROOT / "assets" / "prompts_test.txt")
+        read = read_prompts(self.prompts or PROMPTS_TEST)
         return (*self.prompt, *read[: self.max_prompts or None])

@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 import torch
 
+from ..assets import PROMPTS_TRAIN
 from ..lora.adapter import LoraUse, check_strength
 from ..lora.files import read_lora
 from ..reward_models import load_reward
@@ -165,7 +166,7 @@ def builtin_or_given(prompts: Path | None, model: str) -> list[Example]:
         raise ValueError(
             "give --prompts FILE: a text file with one prompt a line, or a folder of pictures with prompts"
         )
-    return read_examples(prompts or ROOT / "assets" / "prompts_train.txt")
+    return read_examples(prompts or PROMPTS_TRAIN)
 
 
 def read_recipe(name: str) -> dict[str, Any]:

@@ -7,12 +7,12 @@ PickScore (arXiv 2305.01569) is CLIP ViT-H/14 fine-tuned on human choices; its p
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..assets import TINY_CLIP
 from .files import Part, Repository, Request, RewardEntry
 from .networks import build, read_config, read_weights, tokenizer_of
 from .preprocess import CLIP_MEAN, CLIP_STD, normalize, resize_and_crop
@@ -76,14 +76,13 @@ PICKSCORE = {
     "model": Part("PickScore_v1", Repository("yuvalkirstain/PickScore_v1", WHOLE)),
     "tokenizer": TOKENIZER,
 }
-BUILT_IN = Path(__file__).resolve().parent.parent / "assets" / "tiny_clip"
 
 ENTRIES = {
     "tiny_clip": RewardEntry(
         _load,
         "CLIP cosine of the built-in world of coloured shapes",
         "Apache-2.0",
-        {"model": Part("tiny_clip", BUILT_IN)},
+        {"model": Part("tiny_clip", TINY_CLIP)},
     ),
     "pickscore": RewardEntry(_load, "PickScore, plain cosine, as trained on (about 0.2)", "MIT", PICKSCORE),
     "pickscore_scaled": RewardEntry(_load, "PickScore on its published scale (about 20)", "MIT", PICKSCORE),

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from reward_lora.assets import TINY_CLIP
 from reward_lora.reward_models import load_reward
 from reward_lora.reward_models import preprocess as pre
-from reward_lora.reward_models.clip_score import BUILT_IN
 from reward_lora.reward_models.mps import CONDITION
 from reward_lora.reward_models.protocol import Reward
 from reward_lora.reward_models.scoring import FrameReward
@@ -209,7 +209,7 @@ def test_pickscore_against_transformers(reward_files):
 
     frames = clips(3, 1, (16, 16))  # the model's own size: no resizing
     model = CLIPModel.from_pretrained(reward_files / "PickScore_v1").eval()
-    tokens = AutoTokenizer.from_pretrained(BUILT_IN)(PROMPTS, padding=True, return_tensors="pt")
+    tokens = AutoTokenizer.from_pretrained(TINY_CLIP)(PROMPTS, padding=True, return_tensors="pt")
     pixels = pre.normalize(frames[:, :, 0], pre.CLIP_MEAN, pre.CLIP_STD)
     with torch.no_grad():
         expected = model(tokens.input_ids, pixels, tokens.attention_mask).logits_per_image.diag()

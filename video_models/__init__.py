@@ -8,6 +8,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING
 
+from ..assets import TINY_WAN
 from .base_models import BASE_MODELS, BaseModel
 from .files import WeightFileError, parse_dtype
 from .loading import ModelFiles
@@ -90,10 +91,9 @@ def _family(name: str) -> ModuleType:
 
 def _find_folder(wanted: str, search: Sequence[str | Path], download: bool, progress: Progress | None) -> Path:
     if wanted == BUILTIN:
-        folder = Path(__file__).resolve().parent.parent / "assets" / "tiny_wan"
-        if not folder.is_dir():
-            raise WeightFileError(f"the built-in model is missing from {folder}; install the pack again")
-        return folder
+        if not TINY_WAN.is_dir():
+            raise WeightFileError(f"the built-in model is missing from {TINY_WAN}; install the pack again")
+        return TINY_WAN
     name = wanted.rstrip("/\\").replace("\\", "/").rpartition("/")[2]
     known = BASE_MODELS.get(name)
     places = [Path(wanted), *(Path(root) / part for root in search for part in (wanted, name))]
