@@ -6,29 +6,17 @@ import re
 import shlex
 from pathlib import Path
 
-import pytest
 from reward_lora import cli, files
 
 README = (Path(files.__file__).parent / "README.md").read_text(encoding="utf-8")
 
 
 def commands():
+    """Those of the command line, which ``test_builtin`` runs."""
     for block in re.findall(r"```bash\n(.*?)```", README, re.S):
         for line in block.splitlines():
             if line.startswith("reward-lora"):
                 yield shlex.split(line)[1:]
-
-
-@pytest.mark.slow
-def test_every_command_of_the_readme_runs(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    listed = list(commands())
-    assert [c[0] for c in listed] == ["train", "generate", "score", "inspect", "selfcheck"]
-    for arguments in listed:
-        assert cli.main(arguments) == 0, (arguments, capsys.readouterr().err)
-    out = capsys.readouterr().out
-    assert "24 modules matched" in out or "modules matched" in out
-    assert (tmp_path / "outputs" / "colours" / "reward.png").exists()
 
 
 def test_a_reward_of_ones_own(tmp_path, monkeypatch, capsys):
