@@ -162,6 +162,7 @@ def plain_name(name: str) -> str:
 
 
 def builtin_or_given(prompts: Path | None, model: str) -> list[Example]:
+    """The prompts of a file or folder; without one, those the built-in model is trained on."""
     if prompts is None and model != BUILTIN:
         raise ValueError(
             "give --prompts FILE: a text file with one prompt a line, or a folder of pictures with prompts"

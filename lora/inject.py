@@ -57,6 +57,7 @@ class Adapter:
 
     @property
     def modules(self) -> list[str]:
+        """Names of the layers it adapts."""
         return list(self._ranks)
 
     def _layer(self, module: str) -> nn.Module:
@@ -83,11 +84,11 @@ class Adapter:
 
     @property
     def strength(self) -> float:
+        """-2..2; 0 takes the adapter out of the computation, so the outputs are the base model's to the bit."""
         return self._strength
 
     @strength.setter
     def strength(self, value: float) -> None:
-        """0 takes the adapter out of the computation, so the outputs are the base model's to the bit."""
         self._strength = check_strength(value)
         self._put(0.0 if self._paused else self._strength)
 

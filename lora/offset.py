@@ -25,6 +25,7 @@ class OffsetHook:
         self._handle = layer.register_forward_hook(self._add, with_kwargs=True)
 
     def remove(self) -> None:
+        """Take the hook out of the layer."""
         self._handle.remove()
 
     def _add(self, layer: nn.Module, inputs: tuple, named: dict, output: Tensor) -> Tensor | None:

@@ -30,6 +30,7 @@ class LoraModule:
 
     @property
     def scale(self) -> float:
+        """What the product of the matrices is multiplied by at strength 1."""
         return self.alpha / self.rank
 
     def delta(self) -> Tensor:
@@ -77,6 +78,7 @@ class LoraFile:
 
     @property
     def prefix(self) -> str:
+        """What its names begin with: a key of ``PREFIXES``."""
         return find_prefix(self.names[0])
 
     @property
@@ -86,6 +88,7 @@ class LoraFile:
 
     @property
     def ranks(self) -> list[int]:
+        """Those that occur, ascending."""
         return sorted({module.rank for module in self.modules.values()})
 
     def in_memory(self) -> LoraFile:

@@ -149,7 +149,8 @@ class CrossAttention(nn.Module):
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    return x * (1 + scale) + shift
+    """Layer norm of tokens ``[B, T, S, C]``, with a shift and a scale ``[B, T or 1, 1, C]`` of the time."""
+    return F.layer_norm(x, x.shape[-1:], eps=EPSILON) * (1 + scale) + shift
 
 
 class Block(nn.Module):
@@ -174,7 +175,7 @@ class Block(nn.Module):
             rotary: Of temporal blocks.
         """
         shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = (self.scale_shift_table + time)[:, :, None].unbind(3)
-        normed = modulate(F.layer_norm(x, x.shape[-1:], eps=EPSILON), shift, scale)
+        normed = modulate(x, shift, scale)
         if rotary is None:
             attended = self.attn(normed.flatten(0, 1), None).view_as(x)
         else:
@@ -182,7 +183,7 @@ class Block(nn.Module):
             attended = self.attn(columns.flatten(0, 1), rotary).view_as(columns).transpose(1, 2)
         x = x + gate * attended
         x = x + self.cross_attn(x.flatten(1, 2), text, mask).view_as(x)
-        normed = modulate(F.layer_norm(x, x.shape[-1:], eps=EPSILON), mlp_shift, mlp_scale)
+        normed = modulate(x, mlp_shift, mlp_scale)
         return x + mlp_gate * self.mlp(normed)
 
 
@@ -199,8 +200,9 @@ class FinalLayer(nn.Module):
         return self.linear(self.normed(x, time))
 
     def normed(self, x: Tensor, time: Tensor) -> Tensor:
+        """The tokens as ``linear`` gets them."""
         shift, scale = (self.scale_shift_table + time[:, None]).unflatten(0, (-1, 1, 1)).unbind(3)
-        return modulate(F.layer_norm(x, x.shape[-1:], eps=EPSILON), shift, scale)
+        return modulate(x, shift, scale)
 
 
 class PatchEmbedder(nn.Module):
