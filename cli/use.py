@@ -31,6 +31,8 @@ class Generate:
         frames: 0 takes the model's default.
         steps: Solver steps; 0 takes the model's default.
         guidance_scale: 0 takes the model's default, 1 turns guidance off.
+        guidance_interval: Noise levels, above the first and up to the second of 0..1, at which guidance works, as a
+            training may have them. 0 1 is everywhere.
         seed: The n-th video gets seed + n.
         start_image: First frame, for models that take one.
         end_image: Last frame, for models that take one.
@@ -50,6 +52,7 @@ class Generate:
     frames: int = 0
     steps: int = 0
     guidance_scale: float = 0.0
+    guidance_interval: tuple[float, float] = (0.0, 1.0)
     seed: int = 0
     start_image: Path | None = None
     end_image: Path | None = None
@@ -83,6 +86,7 @@ class Generate:
                     frames=self.frames,
                     steps=self.steps,
                     guidance_scale=self.guidance_scale,
+                    guidance_interval=self.guidance_interval,
                     **images,
                 )
                 path = self.output_dir / f"video-{index:03d}-seed-{self.seed + index}.mp4"

@@ -6,7 +6,13 @@ import re
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import cache
 from itertools import count
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
 
 from .inject import STRENGTH_RANGE, Adapter, check_strength, inject_new, inject_weights, total_norm
 from .match import fit
@@ -21,6 +27,7 @@ __all__ = [
     "Adapter",
     "LoraUse",
     "applied",
+    "at_input_precision",
     "at_step",
     "check_strength",
     "inject_new",
@@ -35,6 +42,7 @@ AUTO, HIGH_NOISE, LOW_NOISE = "auto", "high_noise", "low_noise"
 """In place of an expert's name: the one the file is for, else all; the noisiest; the least noisy."""
 _SAYS = re.compile(r"(high|low)[-_ ]?noise|(?<![a-z])(high|low)(?![a-z])")
 _WINDOWS = "_reward_lora_windows"
+_HALF = (torch.bfloat16, torch.float16)
 
 
 def said_expert(lora: LoraFile) -> str:
@@ -166,3 +174,52 @@ def at_step(model, index: int, steps: int) -> None:
     for network in model.denoisers.values():
         for adapter, start, end in getattr(network, _WINDOWS, ()):
             adapter.paused = not start <= middle < end
+
+
+@contextmanager
+def at_input_precision(model) -> Iterator[None]:
+    """Let the LoRAs of a model compute in 16 bits where their layers do: for work without gradient.
+
+    A LoRA's matrices are float32, and peft brings every layer's input to them and the result back. Here the two small
+    matrices come to the input, and their product is added to the layer's output in the one multiplication that makes
+    it. What differs is less than the rounding of the layers themselves; in float32 nothing does. The matrices stay
+    as they are.
+
+    Args:
+        model: The video model.
+    """
+    from peft.tuners.lora import LoraLayer
+
+    layers = [
+        (layer, type(layer))
+        for network in model.denoisers.values()
+        for layer in network.modules()
+        if isinstance(layer, LoraLayer)
+    ]
+    try:
+        for layer, kind in layers:
+            layer.__class__ = _at_input_precision(kind)
+        yield
+    finally:
+        for layer, kind in layers:
+            layer.__class__ = kind
+
+
+@cache
+def _at_input_precision(kind: type) -> type:
+    """peft's layer of a kind, with another way through it."""
+    return type(kind.__name__, (_AtInputPrecision, kind), {})
+
+
+class _AtInputPrecision:
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if x.dtype not in _HALF:
+            return super().forward(x, *args, **kwargs)
+        result = self.base_layer(x, *args, **kwargs)
+        for name in self.active_adapters:
+            if name in self.lora_A:
+                down, up = (part[name].weight.to(x.dtype) for part in (self.lora_A, self.lora_B))
+                inside = F.linear(x.flatten(0, -2), down)
+                added = torch.addmm(result.flatten(0, -2), inside, up.t(), alpha=self.scaling[name])
+                result = added.view(result.shape)
+        return result

@@ -6,6 +6,8 @@ from dataclasses import replace
 
 import pytest
 import torch
+from reward_lora import cli
+from reward_lora.cli import use
 from reward_lora.lora.adapter import inject_new
 from reward_lora.selfcheck import exactness
 from reward_lora.training.config import TrainConfig
@@ -245,6 +247,23 @@ def test_sampling_keeps_to_the_interval(wan):
     frames = sample(wan, conditioning, [1], exactness.LATENT_SHAPE, 4, 3.0, guidance_interval=(0.0, 0.01))
     assert sum(seen) == 4
     assert torch.equal(frames, sample(wan, conditioning, [1], exactness.LATENT_SHAPE, 4, 1.0))
+
+
+def test_a_video_of_one_prompt_keeps_to_the_interval_from_the_command_line_too(wan, tmp_path, monkeypatch, capsys):
+    seen = evaluations(wan.transformer)
+    monkeypatch.setattr(use, "open_model", lambda *arguments, **options: wan)
+
+    def generate(*interval):
+        seen.clear()
+        arguments = ["generate", "--prompt", "a", "--steps", 4, "--output-dir", tmp_path, "--guidance-interval"]
+        return cli.main([str(argument) for argument in (*arguments, *interval)])
+
+    assert generate(0, 1) == 0
+    assert sum(seen) == 8
+    assert generate(0, 0.01) == 0
+    assert sum(seen) == 4
+    assert generate(0.5, 0.2) == 2
+    assert "0 <= low < high <= 1, got 0.5 0.2" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("interval", [(0.5, 0.5), (-0.1, 1.0), (0.2, 1.1), (0.3,)])

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..files import canonical_json
 from ..video_models.protocol import ModelSpec
+from .gradient import check_interval
 from .guards import PRESETS, Preset
 from .judge import Objective
 from .memory import MemoryChoice
@@ -205,9 +206,7 @@ class TrainConfig:
                 value = getattr(self, name)
                 if value is not None and not value >= low:
                     raise ValueError(f"{name} must be at least {low}, got {value}")
-        if len(interval := self.guidance_interval) != 2 or not 0 <= interval[0] < interval[1] <= 1:
-            given = " ".join(map(str, interval))
-            raise ValueError(f"guidance_interval must be two noise levels with 0 <= low < high <= 1, got {given}")
+        check_interval(self.guidance_interval)
         if self.motion_floor is not None and self.motion_floor > 1:
             raise ValueError(f"motion_floor must lie in 0..1, got {self.motion_floor}")
         for name in ("learning_rate", "epsilon", "max_grad_norm", "network_alpha"):

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..block_weights import FLOAT8, blocks_of
-from ..lora.adapter import inject_new
+from ..lora.adapter import at_input_precision, inject_new
 from ..reward_models.protocol import Reward
 from ..video_models.protocol import VideoModel
 from .config import TrainConfig
@@ -206,7 +206,7 @@ def _walk(
     model: VideoModel, network: nn.Module, x: Tensor, sigma: Tensor, branch: Mapping[str, Tensor], device: torch.device
 ) -> tuple[int, Borrowed]:
     """Peak of one guidance branch without gradient, and of one there and back."""
-    with _counted(network, device) as live, torch.no_grad():
+    with _counted(network, device) as live, torch.no_grad(), at_input_precision(model):
         model.predict(x, sigma, branch)
     peaks = []
     for checkpointed in (False, True):

@@ -15,13 +15,20 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..lora.adapter import at_step
+from ..lora.adapter import at_input_precision, at_step
 from ..video_models.protocol import Conditioning, Tick, VideoModel
 from .schedule import Branch, Plan
 from .seeds import seed_for
 
 
 def silent(phase: str) -> None: ...
+
+
+def check_interval(interval: Sequence[float]) -> None:
+    """Raise ``ValueError`` unless these are two noise levels between which guidance may work."""
+    if len(interval) != 2 or not 0 <= interval[0] < interval[1] <= 1:
+        given = " ".join(map(str, interval))
+        raise ValueError(f"guidance_interval must be two noise levels with 0 <= low < high <= 1, got {given}")
 
 
 @dataclass(frozen=True)
@@ -77,7 +84,7 @@ class Walk:
 
 @torch.no_grad()
 def rollout(walk: Walk, x: Tensor, plan: Plan, first: int = 0) -> tuple[Tensor, dict[int, Tensor]]:
-    """Sample as inference would.
+    """Sample as inference would, with LoRAs in the precision of the layers they change.
 
     Args:
         walk: Model and conditioning.
@@ -89,12 +96,13 @@ def rollout(walk: Walk, x: Tensor, plan: Plan, first: int = 0) -> tuple[Tensor, 
         The final latents, and the latents that entered each trained step.
     """
     kept = {}
-    for i in range(first, len(plan.sigmas) - 1):
-        walk.tick("rollout")
-        at_step(walk.model, i, len(plan.sigmas) - 1)
-        if i in plan.trained:
-            kept[i] = x
-        x = walk.step(x, walk.predict(x, plan.sigmas[i]), plan, i)
+    with at_input_precision(walk.model):
+        for i in range(first, len(plan.sigmas) - 1):
+            walk.tick("rollout")
+            at_step(walk.model, i, len(plan.sigmas) - 1)
+            if i in plan.trained:
+                kept[i] = x
+            x = walk.step(x, walk.predict(x, plan.sigmas[i]), plan, i)
     return x, kept
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..video_models.protocol import Conditioning, Tick, VideoModel
-from .gradient import Walk, rollout, silent
+from .gradient import Walk, check_interval, rollout, silent
 from .schedule import Plan
 
 
@@ -44,6 +44,7 @@ def sample_prompt(
     frames: int = 0,
     steps: int = 0,
     guidance_scale: float = 0.0,
+    guidance_interval: tuple[float, float] = (0.0, 1.0),
     start_image: Tensor | None = None,
     end_image: Tensor | None = None,
     tick: Tick = silent,
@@ -51,8 +52,9 @@ def sample_prompt(
     """One video ``[1, 3, T, H, W]`` of one prompt; 0 takes the model's default for any number.
 
     Raises:
-        ValueError: A size or frame count the model does not have, naming the nearest it has.
+        ValueError: A size or frame count the model does not have, naming the nearest it has; or no interval.
     """
+    check_interval(guidance_interval)
     spec = model.spec
     shape = spec.latent_shape(width or spec.width, height or spec.height, frames or spec.frames)
     scale = guidance_scale or spec.guidance_scale
@@ -61,4 +63,5 @@ def sample_prompt(
     negative = model.encode_text([negative_prompt]) if scale != 1 else None
     tick("rollout")  # the denoiser is where the conditioning shall be
     conditioning = model.conditioning(positive, negative, shape, start_image=start_image, end_image=end_image)
-    return sample(model, conditioning, [seed], shape, steps or spec.steps, scale, tick=tick)
+    return sample(model, conditioning, [seed], shape, steps or spec.steps, scale, guidance_interval=guidance_interval,
+                  tick=tick)  # fmt: skip
