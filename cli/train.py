@@ -12,6 +12,7 @@ from typing import Annotated, Any
 import tyro
 from tyro.conf import UseAppendAction
 
+from ..lora.adapter import LoraUse
 from ..training.checkpoint import list_checkpoints
 from ..training.config import TrainConfig
 from ..training.distributed import joined, own_device
@@ -49,6 +50,8 @@ class Train:
         sample_prompts: The same for the evaluations on fixed seeds; the first training prompts if not given.
         recipe: A recipe's name or YAML file: settings that other flags then change. The built-in model has one.
         lora: LoRA to keep applied while training, PATH or PATH:STRENGTH; may be repeated.
+        start: LoRA whose weights a new run begins with, and learns on: PATH, or PATH@EXPERT of a model with several
+            networks; may be repeated. A run that goes on from a checkpoint goes on from there.
         device: `auto`, `cpu`, `cuda`, `cuda:1`.
         devices: How many GPUs, from the first, train together, each on videos of its own; on a CPU, processes.
         dtype: Number type of the frozen model.
@@ -68,6 +71,7 @@ class Train:
     sample_prompts: Path | None = None
     recipe: str = ""
     lora: UseAppendAction[tuple[str, ...]] = ()
+    start: UseAppendAction[tuple[str, ...]] = ()
     device: str = "auto"
     devices: int = 1
     dtype: DType = "auto"
@@ -113,6 +117,7 @@ class Train:
             samples=read_examples(self.sample_prompts) if self.sample_prompts else (),
             heldout=[RewardSource(text) for text in self.heldout],
             uses=[parse_lora(text) for text in self.lora],
+            start=[parse_start(text) for text in self.start],
             device=device,
             cache=self.output_dir / "text-cache",
         )
@@ -144,6 +149,14 @@ class Train:
                     bar.write(event.stop)
                 if event.skipped:
                     bar.write(f"step {event.step} skipped: {event.skipped}")
+
+
+def parse_start(text: str) -> LoraUse:
+    """``PATH`` or ``PATH@EXPERT``. Raises ``ValueError`` for a strength or a part of the walk: nobody trains those."""
+    use = parse_lora(text)
+    if use != LoraUse(use.lora, 1.0, use.expert):
+        raise ValueError(f"--start takes PATH or PATH@EXPERT, for a run begins with a LoRA as it is; got {text}")
+    return use
 
 
 def describe(event: Any) -> str:

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from reward_lora import cli
 from reward_lora.lora.adapter import LoraUse, applied
 from reward_lora.lora.files import LoraModule, Offset, read_lora
 from reward_lora.training.trainer import Trainer
@@ -60,3 +61,25 @@ def test_a_lora_that_does_not_fit_is_refused_with_a_way_out(wan, reward, config,
     wide = replace(lora, modules={name: LoraModule(torch.zeros(2, 999), module.up, 2.0)})
     with pytest.raises(ValueError, match="was made for another model"):
         begin(wide)
+
+
+def test_the_command_line_begins_with_it_too(tmp_path, capsys):
+    """At a learning rate too small to move it, the run gives back the LoRA it was begun with."""
+    first, second = (tmp_path / name / f"{name}.safetensors" for name in ("first", "second"))
+    common = ["train", "--output-dir", tmp_path, "--steps", 1, "--sampler-steps", 2, "--sample-every", 0, "--rank", 2]
+    common += ["--guards", "off", "--guidance-scale", 1, "--backprop.strategy", "last", "--save-dtype", "float32"]
+
+    def train(*arguments):
+        status = cli.main([str(a) for a in (*common, *arguments)])
+        return status, capsys.readouterr().err
+
+    assert train("--name", "first", "--learning-rate", 0.01)[0] == 0
+    assert train("--name", "second", "--start", first, "--learning-rate", 1e-12)[0] == 0
+    before, after = (read_lora(path).modules for path in (first, second))
+    for name, module in before.items():
+        torch.testing.assert_close(after[name].delta(), module.delta(), rtol=1e-5, atol=1e-8)
+    assert any(module.delta().abs().max() > 1e-4 for module in before.values())
+    for given in (f"{first}:0.5", f"{first}@0.5-1"):
+        status, error = train("--name", "third", "--start", given)
+        assert status == 2
+        assert f"--start takes PATH or PATH@EXPERT, for a run begins with a LoRA as it is; got {given}" in error
