@@ -97,6 +97,15 @@ def picture_to_image(picture: np.ndarray) -> Tensor:
     return torch.from_numpy(picture).float()[None] / 255
 
 
+def make_room() -> None:
+    """Have ComfyUI bring its own models off the device.
+
+    As it does that itself, in inference mode: quantised weights that were moved outside of it cannot be used in it.
+    """
+    with torch.inference_mode():
+        comfy.model_management.unload_all_models()
+
+
 @contextmanager
 def on_device(model: VideoModel | None = None, reward: Reward | None = None) -> Iterator[None]:
     """Bring what works to ComfyUI's device for the length of a block, and back to where it rests."""
@@ -104,7 +113,7 @@ def on_device(model: VideoModel | None = None, reward: Reward | None = None) -> 
     rest = comfy.model_management.unet_offload_device()
     movable = [part for part in (model, reward) if hasattr(part, "to")]
     if device.type != "cpu":
-        comfy.model_management.unload_all_models()
+        make_room()
     try:
         for part in movable:
             part.to(device)
@@ -122,7 +131,7 @@ def placed(model: VideoModel, tick: Tick) -> Iterator[Tick]:
     if device.type == "cpu":
         yield tick
         return
-    comfy.model_management.unload_all_models()
+    make_room()
     placement = Placement(model, None, tick, plan_for("auto", model), device)
     try:
         yield placement
@@ -136,7 +145,7 @@ def lent(*parts: VideoModel | Reward) -> Iterator[torch.device]:
     """Clear ComfyUI's device for somebody who places ``parts`` there himself; they come back at the end."""
     device = comfy.model_management.get_torch_device()
     if device.type != "cpu":
-        comfy.model_management.unload_all_models()
+        make_room()
     try:
         yield device
     finally:

@@ -14,11 +14,10 @@ from comfy_api.latest import io
 from torch import Tensor
 
 from ..video_models.files import parse_dtype
-from ..video_models.protocol import ModelSpec
 from ..video_models.wan_native import NativeText, NativeTransformer, Weights, digest, load_native, network_dtype
-from .bridge import engine, patience, say
-from .types import LoadedModel, VideoModelType
-from .video_model import DTYPES
+from .bridge import engine, make_room, patience, say
+from .types import LoadedModel
+from .video_model import dtype_input, facts, model_output
 
 SUPPORTED = (
     "supported are Wan2.1 and Wan2.2: text-to-video, image-to-video, first and last frame, Fun-InP, the two experts "
@@ -46,12 +45,9 @@ class VideoModelFromParts(io.ComfyNode):
                 ),
                 io.Clip.Input("clip", tooltip="From Load CLIP with umt5_xxl and the type wan."),
                 io.Vae.Input("vae", tooltip="From Load VAE: wan_2.1_vae, or wan2.2_vae for the 5B model."),
-                io.Combo.Input(
-                    "dtype",
-                    options=DTYPES,
-                    default="auto",
-                    tooltip="Number type of our copy. 'auto' is bfloat16 for a large network, float32 for a small one "
-                    "and the VAE.",
+                dtype_input(
+                    "Number type of our copy. 'auto' is bfloat16 for a large network, float32 for a small one and the "
+                    "VAE."
                 ),
                 io.Model.Input("model_low", optional=True, tooltip="The MODEL for low noise, of Wan2.2's two."),
                 io.ClipVision.Input(
@@ -61,9 +57,7 @@ class VideoModelFromParts(io.ComfyNode):
                 ),
             ],
             outputs=[
-                VideoModelType.Output(
-                    "video_model", display_name="video_model", tooltip="For every other node of this pack."
-                ),
+                model_output(),
                 io.String.Output("report", display_name="report", tooltip="What was taken over and what was not."),
             ],
             hidden=[io.Hidden.unique_id],
@@ -75,7 +69,7 @@ class VideoModelFromParts(io.ComfyNode):
         patchers = {"model": model} | ({} if model_low is None else {"model_low": model_low})
         with engine(), patience("copying the MODEL", node):
             chosen, shift = parse_dtype(dtype), shift_of(patchers.values())
-            comfy.model_management.unload_all_models()
+            make_room()
             loaded, seen = load_native(
                 [transformer_of(name, patcher, chosen) for name, patcher in patchers.items()],
                 lambda: weights(vae.patcher, "", chosen),
@@ -86,7 +80,8 @@ class VideoModelFromParts(io.ComfyNode):
                 device=comfy.model_management.unet_offload_device(),
             )
             sees = "" if clip_vision is None else digest(stored(clip_vision.patcher))
-        report = "\n".join([facts(loaded.spec, shift), *(line for item in patchers.items() for line in taken(*item))])
+        told = facts(loaded.spec, "the published shift" if shift is None else f"shift {shift:g}")
+        report = "\n".join([told, *(line for item in patchers.items() for line in taken(*item))])
         say(report, node)
         return io.NodeOutput(LoadedModel(loaded, f"native {seen} {sees} {dtype}"), report, ui={"text": [report]})
 
@@ -203,13 +198,6 @@ def stored(patcher: ModelPatcher) -> dict[str, Tensor]:
     """The numbers in memory, still packed where they are quantised: to know them again."""
     named = {name: original(patcher, name, value) for name, value in patcher.model.named_parameters()}
     return {name: getattr(value, "_qdata", value) for name, value in named.items()}
-
-
-def facts(spec: ModelSpec, shift: float | None) -> str:
-    """What was made, in a line."""
-    text = f"{spec.name}: {spec.width}x{spec.height}, {spec.frames} frames, {spec.steps} steps, {spec.solver}"
-    text += ", " + ("the published shift" if shift is None else f"shift {shift:g}")
-    return text + (f", experts {', '.join(spec.experts)}" if spec.boundary else "") + f"; recipe {spec.recipe}"
 
 
 def taken(name: str, patcher: ModelPatcher) -> list[str]:

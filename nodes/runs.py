@@ -52,7 +52,24 @@ def chosen_run(run: str, connected_run: str | None) -> Path:
     return folders.run_folder(connected_run or run)
 
 
-class LoadTrainedLora(io.ComfyNode):
+class OfARun(io.ComfyNode):
+    """A node with :func:`run_inputs`."""
+
+    @classmethod
+    def validate_inputs(cls, run: str | None = None) -> bool | str:
+        return folders.complaint(folders.run_folder, None if run == LINKED else run)
+
+    @classmethod
+    def fingerprint_inputs(cls, run: str = "", **_others) -> str:
+        """A training that went on is read again."""
+        try:
+            files = folders.run_folder(run).glob("*.safetensors")
+            return repr(sorted((file.name, file.stat().st_mtime_ns) for file in files))
+        except (ValueError, OSError):
+            return ""
+
+
+class LoadTrainedLora(OfARun):
     @classmethod
     def define_schema(cls) -> io.Schema:
         run, connected = run_inputs()
@@ -94,15 +111,6 @@ class LoadTrainedLora(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, run: str | None = None) -> bool | str:
-        return folders.complaint(folders.run_folder, None if run == LINKED else run)
-
-    @classmethod
-    def fingerprint_inputs(cls, run: str = "", **_others) -> str:
-        """A training that went on is read again."""
-        return _state(run)
-
-    @classmethod
     def execute(cls, run: str, which: str, step: int, connected_run: str | None = None) -> io.NodeOutput:
         with engine():
             folder = chosen_run(run, connected_run)
@@ -113,14 +121,6 @@ class LoadTrainedLora(io.ComfyNode):
         say(about, cls.hidden.unique_id)
         second = loras[1] if len(loras) > 1 else ExecutionBlocker(None)
         return io.NodeOutput(loras[0], second, int(told.get("step", 0)), about, ui={"text": [about]})
-
-
-def _state(run: str) -> str:
-    try:
-        files = folders.run_folder(run).glob("*.safetensors")
-        return repr(sorted((file.name, file.stat().st_mtime_ns) for file in files))
-    except (ValueError, OSError):
-        return ""
 
 
 def _from_files(folder: Path, which: str) -> list[LoraFile]:
@@ -154,7 +154,7 @@ def _spelling(folder: Path, modules: dict) -> Callable[[str], str]:
     return next((name_of for name_of in SPELLINGS if spelled and set(map(name_of, modules)) <= spelled), str)
 
 
-class TrainingReport(io.ComfyNode):
+class TrainingReport(OfARun):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
@@ -172,14 +172,6 @@ class TrainingReport(io.ComfyNode):
             hidden=[io.Hidden.unique_id],
             is_output_node=True,
         )
-
-    @classmethod
-    def validate_inputs(cls, run: str | None = None) -> bool | str:
-        return folders.complaint(folders.run_folder, None if run == LINKED else run)
-
-    @classmethod
-    def fingerprint_inputs(cls, run: str = "", **_others) -> str:
-        return _state(run)
 
     @classmethod
     def execute(cls, run: str, connected_run: str | None = None) -> io.NodeOutput:

@@ -8,6 +8,7 @@ from comfy_api.latest import io
 
 from ..training.job import ModelSource
 from ..video_models import BUILTIN, ModelFiles, load_video_model
+from ..video_models.protocol import ModelSpec
 from . import folders
 from .bridge import downloading, engine, patience, say
 from .types import LoadedModel, VideoModelType
@@ -16,19 +17,21 @@ DTYPES = ["auto", "bfloat16", "float16", "float32"]
 NONE = "none"
 
 
-def _dtype() -> io.Input:
-    return io.Combo.Input(
-        "dtype",
-        options=DTYPES,
-        default="auto",
-        tooltip="Number type of the weights. 'auto' takes what the publisher runs.",
-    )
+def dtype_input(about: str = "Number type of the weights. 'auto' takes what the publisher runs.") -> io.Input:
+    return io.Combo.Input("dtype", options=DTYPES, default="auto", tooltip=about)
 
 
-def _output() -> io.Output:
+def model_output() -> io.Output:
     return VideoModelType.Output(
         "video_model", display_name="video_model", tooltip="For every other node of this pack."
     )
+
+
+def facts(spec: ModelSpec, shift: str = "") -> str:
+    """What a model paints without further settings, in a line."""
+    parts = [f"{spec.width}x{spec.height}", f"{spec.frames} frames", f"{spec.steps} steps", spec.solver, shift]
+    parts += [f"guidance {spec.guidance_scale:g}", f"experts {', '.join(spec.experts)}" if spec.boundary else ""]
+    return f"{spec.name}: {', '.join(filter(None, parts))}" + (f"; recipe {spec.recipe}" if spec.recipe else "")
 
 
 def _check_dtype(dtype: str | None) -> bool | str:
@@ -48,17 +51,13 @@ def _load(source: str | ModelFiles, title: str, dtype: str, download: bool, node
             download=download,
             progress=downloading(node),
         )
-    spec = model.spec
-    facts = f"{spec.name}: {spec.width}x{spec.height}, {spec.frames} frames, {spec.steps} steps, "
-    facts += f"{spec.solver}, guidance {spec.guidance_scale:g}"
-    facts += f", experts {', '.join(spec.experts)}" if spec.boundary else ""
-    facts += f"; recipe {spec.recipe}" if spec.recipe else ""
-    say(facts, node)
+    told = facts(model.spec)
+    say(told, node)
     again = source
     if isinstance(source, ModelFiles):
         again = {role: str(path) for role, path in vars(source).items() if path is not None}
     where = ModelSource(again, dtype, tuple(map(str, folders.video_model_roots())))
-    return io.NodeOutput(LoadedModel(model, f"{title} {dtype}", source=where), ui={"text": [facts]})
+    return io.NodeOutput(LoadedModel(model, f"{title} {dtype}", source=where), ui={"text": [told]})
 
 
 class LoadVideoModel(io.ComfyNode):
@@ -80,7 +79,7 @@ class LoadVideoModel(io.ComfyNode):
                     "layout or its publisher's; or the name of a published model, to be downloaded. "
                     + "; ".join(f"{name} ({about})" for name, about in models.items()),
                 ),
-                _dtype(),
+                dtype_input(),
                 io.String.Input(
                     "path",
                     default="",
@@ -95,7 +94,7 @@ class LoadVideoModel(io.ComfyNode):
                     "once, and it goes on where it was cut off. HF_ENDPOINT and HF_HUB_OFFLINE are honoured.",
                 ),
             ],
-            outputs=[_output()],
+            outputs=[model_output()],
             hidden=[io.Hidden.unique_id],
         )
 
@@ -129,11 +128,11 @@ class LoadVideoModelFiles(io.ComfyNode):
                 files("diffusion", "diffusion_models", "a Wan model, or the high-noise expert of Wan2.2."),
                 files("text_encoder", "text_encoders", "umt5_xxl_fp16 or umt5_xxl_fp8_e4m3fn_scaled."),
                 files("vae", "vae", "wan_2.1_vae, or wan2.2_vae for the 5B model."),
-                _dtype(),
+                dtype_input(),
                 files("diffusion_low", "diffusion_models", "the low-noise expert of Wan2.2.", needed=False),
                 files("clip_vision", "clip_vision", "clip_vision_h, for Wan2.1 with a start image.", needed=False),
             ],
-            outputs=[_output()],
+            outputs=[model_output()],
             hidden=[io.Hidden.unique_id],
         )
 

@@ -1,8 +1,6 @@
 """Nodes for the tests' ComfyUI: texts without an encoder, core's own classes in tiny sizes, and what they hold."""
 
 import hashlib
-import json
-from unittest.mock import patch
 
 import torch
 
@@ -22,56 +20,6 @@ class TestConditioning:
         text = torch.zeros(1, 512, width)
         text[:, :5] = torch.randn(1, 5, width, generator=torch.Generator().manual_seed(seed))
         return ([[text, {}]],)
-
-
-class TestTinyClip:
-    """UMT5 in core's own classes from a file like umt5_xxl's, whose sizes core knows by heart."""
-
-    RETURN_TYPES = ("CLIP",)
-    FUNCTION = "make"
-    CATEGORY = "_for_testing"
-
-    @classmethod
-    def INPUT_TYPES(cls):  # noqa: N802
-        return {"required": {"path": ("STRING", {}), "config": ("STRING", {})}}
-
-    def make(self, path, config):
-        import comfy.sd
-        import comfy.supported_models_base
-        import comfy.text_encoders.wan
-        import comfy.utils
-
-        tensors = comfy.utils.load_torch_file(path)
-        classes = comfy.text_encoders.wan.WanT5Tokenizer, comfy.text_encoders.wan.te()
-        target = comfy.supported_models_base.ClipTarget(*classes)
-        pieces = {"spiece_model": tensors.pop("spiece_model")}
-        clip = comfy.sd.CLIP(target, tokenizer_data=pieces, model_options={"umt5xxl_model_config": json.loads(config)})
-        clip.load_sd(tensors)
-        return (clip,)
-
-
-class TestTinyVae:
-    """Wan's VAE in core's own class, whose sizes core knows by heart."""
-
-    RETURN_TYPES = ("VAE",)
-    FUNCTION = "make"
-    CATEGORY = "_for_testing"
-
-    @classmethod
-    def INPUT_TYPES(cls):  # noqa: N802
-        return {"required": {"path": ("STRING", {}), "sizes": ("STRING", {})}}
-
-    def make(self, path, sizes):
-        import comfy.ldm.wan.vae
-        import comfy.ldm.wan.vae2_2
-        import comfy.sd
-        import comfy.utils
-
-        sizes = json.loads(sizes)
-        module = comfy.ldm.wan.vae2_2 if "dec_dim" in sizes else comfy.ldm.wan.vae
-        real = module.WanVAE
-        with patch.object(module, "WanVAE", lambda **config: real(**{**config, **sizes})):
-            return (comfy.sd.VAE(sd=comfy.utils.load_torch_file(path)),)
 
 
 class TestTinyClipVision:
@@ -118,6 +66,4 @@ class TestModelWeights:
         return {"ui": {"text": [seen.hexdigest()]}}
 
 
-NODE_CLASS_MAPPINGS = {
-    node.__name__: node for node in (TestConditioning, TestTinyClip, TestTinyVae, TestTinyClipVision, TestModelWeights)
-}
+NODE_CLASS_MAPPINGS = {node.__name__: node for node in (TestConditioning, TestTinyClipVision, TestModelWeights)}

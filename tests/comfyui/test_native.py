@@ -14,35 +14,13 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from reward_lora.tests.families import wan
-from reward_lora.tests.families.wan_shapes import (
-    TINY_SINGLE,
-    TINY_VAE,
-    TINY_VAE_22,
-    fill,
-    transformer_shapes,
-    vae_22_shapes,
-    vae_shapes,
-)
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from . import graphs
+from . import graphs, native_files
 
 pytestmark = pytest.mark.comfyui
 
-NATIVE = TINY_SINGLE | {"text_dim": 4096, "freq_dim": 256}
-"""Core knows these two sizes by heart, and the width of CLIP."""
-UMT5 = {"vocab_size": 40, "d_model": 4096, "d_kv": 8, "d_ff": 16, "num_layers": 2, "num_heads": 2}
-CLIP = {"hidden_size": 1280, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 16}
-CLIP |= {"patch_size": 14, "image_size": 224, "hidden_act": "gelu", "num_channels": 3}
-DIFFUSION = {
-    "t2v": NATIVE,
-    "low": NATIVE,
-    "i2v": NATIVE | {"in_dim": 36, "image_dim": 1280},
-    "ti2v": NATIVE | {"in_dim": 48, "out_dim": 48},
-    "control": NATIVE | {"in_dim": 52},
-}
 SHIFT, STEPS, SEED, GUIDANCE = 3.0, 4, 7, 2.0
 NUMBERS = count()
 PROMPT = "a red circle moves right"
@@ -59,21 +37,17 @@ class Files:
 
     def core(self, file: str = "t2v", shift: float = SHIFT, vae: str = "vae", **changes) -> dict:
         """Nodes m (MODEL), s (its shift), c (CLIP), v (VAE) and 1 (ours from them)."""
-        sizes = {key: TINY_VAE[key] for key in ("dim", "z_dim", "dim_mult", "num_res_blocks")}
-        if vae == "vae_22":
-            sizes = {key: TINY_VAE_22[key] for key in ("dim", "z_dim", "dim_mult", "num_res_blocks")}
-            sizes |= {"dec_dim": TINY_VAE_22["decoder_dim"], "temperal_downsample": TINY_VAE_22["temporal"]}
         unet = {"unet_name": f"native_{file}.safetensors", "weight_dtype": "default"}
         parts = {"model": ["s", 0], "clip": ["c", 0], "vae": ["v", 0], "dtype": "float32"}
-        text, pictures = (str(self.base / folder / "native.safetensors") for folder in ("text_encoders", "clip_vision"))
+        text = {"clip_name": "native.safetensors", "type": "wan"}
+        pictures = self.base / "clip_vision"
         return {
             "m": {"class_type": "UNETLoader", "inputs": unet},
             "s": {"class_type": "ModelSamplingSD3", "inputs": {"model": ["m", 0], "shift": shift}},
-            "c": {"class_type": "TestTinyClip", "inputs": {"path": text, "config": json.dumps(UMT5)}},
-            "v": {"class_type": "TestTinyVae",
-                  "inputs": {"path": str(self.base / f"vae/native_{vae}.safetensors"), "sizes": json.dumps(sizes)}},
+            "c": {"class_type": "CLIPLoader", "inputs": text},
+            "v": {"class_type": "VAELoader", "inputs": {"vae_name": f"native_{vae}.safetensors"}},
             "p": {"class_type": "TestTinyClipVision",
-                  "inputs": {"path": pictures, "config": str(self.base / "clip_vision/config.json")}},
+                  "inputs": {"path": str(pictures / "native.safetensors"), "config": str(pictures / "config.json")}},
             "1": graphs.node("VideoModelFromParts", **parts | changes),
         }  # fmt: skip
 
@@ -89,44 +63,15 @@ def files(comfyui) -> Files:
     base = comfyui.base / "models"
     for folder in ("diffusion_models", "text_encoders", "vae", "clip_vision"):
         (base / folder).mkdir(exist_ok=True)
-    for seed, (name, sizes) in enumerate(DIFFUSION.items()):
-        tensors = fill(transformer_shapes(**sizes), seed, 0.05)
-        save_file(tensors, base / f"diffusion_models/native_{name}.safetensors")
-    save_file(float8(), base / "diffusion_models/native_float8.safetensors")
-    save_file(fill(vae_shapes(**TINY_VAE), 2), base / "vae/native_vae.safetensors")
-    save_file(fill(vae_22_shapes(**TINY_VAE_22), 2), base / "vae/native_vae_22.safetensors")
-    save_file(wan._half(text_encoder()), base / "text_encoders/native.safetensors")
-    save_file(wan._half(clip_vision()), base / "clip_vision/native.safetensors")
-    (base / "clip_vision/config.json").write_text(json.dumps(CLIP | {"model_type": "clip_vision_model"}))
+    for seed, kind in enumerate(native_files.DIFFUSION):
+        save_file(native_files.diffusion(kind, seed), base / f"diffusion_models/native_{kind}.safetensors")
+    save_file(native_files.diffusion_in_float8(), base / "diffusion_models/native_float8.safetensors")
+    for kind in native_files.VAE:
+        save_file(native_files.vae(kind), base / f"vae/native_{kind}.safetensors")
+    save_file(native_files.text_encoder(), base / "text_encoders/native.safetensors")
+    save_file(native_files.clip_vision(), base / "clip_vision/native.safetensors")
+    native_files.write_config(base / "clip_vision/config.json")
     return Files(base)
-
-
-def float8() -> dict[str, Tensor]:
-    """Matrices in scaled float8; the rest loses nothing in float8, for some versions of core keep biases so too."""
-    prefix = "model.diffusion_model."
-    tensors = {prefix + name: tensor for name, tensor in fill(transformer_shapes(**NATIVE), 0, 0.05).items()}
-    tensors = wan._float8(tensors, prefix)
-    rounded = {name: tensor.to(torch.float8_e4m3fn).to(tensor.dtype) for name, tensor in tensors.items()}
-    return tensors | {name: tensor for name, tensor in rounded.items() if tensor.dtype == torch.float16}
-
-
-def text_encoder() -> dict[str, Tensor]:
-    """UMT5 in transformers' names with a tokenizer inside, as wide as Wan's."""
-    from transformers import UMT5Config, UMT5EncoderModel
-
-    torch.manual_seed(3)
-    tensors = UMT5EncoderModel(UMT5Config(**UMT5, feed_forward_proj="gated-gelu")).state_dict()
-    del tensors["encoder.embed_tokens.weight"]
-    return tensors | {"spiece_model": wan._umt5_of_transformers()["spiece_model"]}
-
-
-def clip_vision() -> dict[str, Tensor]:
-    """CLIP's image encoder in the names of transformers 4, as wide as Wan's."""
-    from transformers import CLIPVisionConfig, CLIPVisionModel
-
-    torch.manual_seed(4)
-    tensors = CLIPVisionModel(CLIPVisionConfig(**CLIP)).state_dict()
-    return {f"vision_model.{name.removeprefix('vision_model.')}": tensor for name, tensor in tensors.items()}
 
 
 def run(comfyui, graph: dict):
@@ -212,13 +157,15 @@ def test_the_model_itself_stays_as_it_was(trained):
 
 
 def test_a_base_in_scaled_float8(comfyui, files):
-    """As our loader unpacks it, and as core's own sampler does."""
+    """As our loader unpacks it, and as core's own sampler does, before we have had the model and after."""
+    core = pictures(comfyui, run(comfyui, sampled(files, ["s", 0]) | files.core("float8")))
     native = painted(comfyui, files.core("float8"))
+    again = pictures(comfyui, run(comfyui, sampled(files, ["s", 0], negative=" ") | files.core("float8")))
     assert np.array_equal(
         painted(comfyui, files.core("float8", model=["m", 0])), painted(comfyui, files.ours("float8"))
     )
-    core = pictures(comfyui, run(comfyui, sampled(files, ["s", 0]) | files.core("float8")))
     assert np.abs(native - core).max() < LEVEL
+    assert np.array_equal(again, core)
     assert np.abs(native - painted(comfyui, files.core())).max() > 2 * LEVEL, "another model"
 
 

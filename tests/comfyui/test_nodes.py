@@ -42,6 +42,7 @@ NODES = {
     "RewardLoraOptimizerSettings": "Optimizer Settings",
     "RewardLoraApplyRewardLora": "Apply Reward LoRA",
     "RewardLoraApplyRewardLoraToModel": "Apply Reward LoRA to MODEL",
+    "RewardLoraMergeLoras": "Merge LoRAs",
     "RewardLoraFetchPublishedLora": "Fetch Published LoRA",
     "RewardLoraLoadTrainedLora": "Load Trained LoRA",
     "RewardLoraSweepLoraStrength": "Sweep LoRA Strength",
