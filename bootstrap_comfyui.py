@@ -12,7 +12,7 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -20,6 +20,10 @@ ROOT = Path(__file__).resolve().parent
 PROBE = "RewardLoraTrainRewardLora"
 START_SECONDS = 600
 """How long a server may take to start: the first start on a slow disk, with many other packs, takes minutes."""
+CANCELLED = 130
+"""What ``comfy run`` ends with at Ctrl-C."""
+SAVE_SECONDS = 120
+"""How long a cancelled training may take to come to the end of a model's call and to save."""
 
 
 def wanted_folder() -> Path:
@@ -62,6 +66,16 @@ def install(comfy: Path, folder: Path) -> Path:
     sys.exit(f"comfy-cli ended well, but there is no main.py in {folder}")
 
 
+def link_folder(place: Path, target: Path) -> None:
+    """A symbolic link, or on Windows, where that needs a right, a junction."""
+    if sys.platform == "win32":
+        import _winapi
+
+        _winapi.CreateJunction(str(target), str(place))
+    else:
+        place.symlink_to(target, target_is_directory=True)
+
+
 def link(custom_nodes: Path) -> Path:
     """Put the pack into a folder of custom nodes, where it stays if it is there already; gives its place."""
     custom_nodes.mkdir(parents=True, exist_ok=True)
@@ -73,12 +87,7 @@ def link(custom_nodes: Path) -> Path:
         sys.exit(
             f"{place} is there already, and is another copy of the pack; remove it, or run the quickstart.py in it"
         )
-    if sys.platform == "win32":  # a symbolic link needs a right there, a junction does not
-        import _winapi
-
-        _winapi.CreateJunction(str(ROOT), str(place))
-    else:
-        place.symlink_to(ROOT, target_is_directory=True)
+    link_folder(place, ROOT)
     print(f"Linked {place} -> {ROOT}", flush=True)
     return place
 
@@ -105,24 +114,30 @@ def _ask(url: str) -> dict:
 
 
 @contextmanager
-def server(folder: Path, python: Path, port: int, arguments: Sequence[str]) -> Iterator[tuple[str, Path]]:
-    """A running ComfyUI that knows the pack: its address, and its log. Leaving stops it."""
-    port = port or free_port()
-    url, log = f"http://127.0.0.1:{port}", ROOT / "outputs" / "comfyui.log"
-    log.parent.mkdir(exist_ok=True)
+def server(
+    folder: Path, python: Path, port: int, arguments: Sequence[str], log: Path, env: Mapping[str, str] = os.environ
+) -> Iterator[subprocess.Popen]:
+    """A ComfyUI that answers at a port and knows the pack; leaving stops it. Ends the program if it does not start.
+
+    Args:
+        folder: ComfyUI's own.
+        python: That runs it.
+        port: To listen at.
+        arguments: More for its ``main.py``.
+        log: What it prints is written there.
+        env: Its environment, but for what would change where it finds its modules.
+    """
     command = [str(python), str(folder / "main.py"), "--port", str(port), "--disable-auto-launch", *arguments]
-    if "--cpu" not in arguments and not _has_gpu(python):
-        command.append("--cpu")
-    env = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "PYTHONSAFEPATH")} | {"PYTHONUTF8": "1"}
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that nothing is left running
+    env = {k: v for k, v in env.items() if k not in ("PYTHONPATH", "PYTHONSAFEPATH")} | {"PYTHONUTF8": "1"}
+    # Ctrl-C is not for the server: comfy-cli cancels the run, which then saves its checkpoint.
+    own = {"creationflags": subprocess.CREATE_NEW_PROCESS_GROUP} if os.name == "nt" else {"start_new_session": True}
     with log.open("wb") as sink:
-        process = subprocess.Popen(command, stdout=sink, stderr=subprocess.STDOUT, cwd=folder, env=env)
+        process = subprocess.Popen(command, stdout=sink, stderr=subprocess.STDOUT, cwd=folder, env=env, **own)
     try:
-        print(f"Starting ComfyUI; its log is {log} ...", flush=True)
         deadline = time.monotonic() + START_SECONDS
         while True:
             try:
-                known = _ask(f"{url}/object_info/{PROBE}")
+                known = _ask(f"http://127.0.0.1:{port}/object_info/{PROBE}")
                 break
             except OSError:
                 if process.poll() is not None or time.monotonic() > deadline:
@@ -130,7 +145,7 @@ def server(folder: Path, python: Path, port: int, arguments: Sequence[str]) -> I
                 time.sleep(0.3)
         if not known:
             sys.exit(f"ComfyUI runs, but could not import the pack; see {log}")
-        yield url, log
+        yield process
     finally:
         process.terminate()
         try:
@@ -139,9 +154,9 @@ def server(folder: Path, python: Path, port: int, arguments: Sequence[str]) -> I
             process.kill()
 
 
-def free_port() -> int:
-    """8188, where ComfyUI is expected, or another one if it is taken."""
-    for port in (8188, 0):
+def free_port(*wanted: int) -> int:
+    """The first of the wanted ports that is free, or any."""
+    for port in (*wanted, 0):
         with socket.socket() as free:
             try:
                 free.bind(("127.0.0.1", port))
@@ -155,12 +170,11 @@ def _tail(log: Path) -> str:
     return "\n".join(log.read_text(encoding="utf-8", errors="replace").splitlines()[-30:])
 
 
-def made(url: str, output: Path) -> list[Path]:
-    """The files in the output folder that the newest prompt of a server's history lists."""
-    entry = list(_ask(f"{url}/history?max_items=1").values())[-1]
-    files = [f for node in entry["outputs"].values() for entries in node.values() for f in entries]
+def listed(outputs: Mapping[str, dict], output: Path) -> list[Path]:
+    """The files in the output folder among the outputs of a prompt, by node, as a server's history has them."""
+    files = [f for node in outputs.values() for entries in node.values() for f in entries]
     files = [f for f in files if isinstance(f, dict) and f.get("type") == "output"]
-    return list(dict.fromkeys(output / f["subfolder"] / f["filename"] for f in files))
+    return [output / f["subfolder"] / f["filename"] for f in files]
 
 
 def run(comfy: Path, workflow: Path, *, base: Path | None, port: int, once: bool, arguments: Sequence[str]) -> int:
@@ -174,6 +188,8 @@ def run(comfy: Path, workflow: Path, *, base: Path | None, port: int, once: bool
         once: Stop the server after the run, instead of at Ctrl-C.
         arguments: More for ComfyUI's ``main.py``.
     """
+    from bootstrap import run_to_end  # beside quickstart.py, which alone calls this
+
     folder = wanted_folder()
     if not (folder / "main.py").is_file():
         folder = install(comfy, folder)
@@ -184,15 +200,30 @@ def run(comfy: Path, workflow: Path, *, base: Path | None, port: int, once: bool
     link(base / "custom_nodes")
     add_requirements(python)
     arguments = [*arguments, *(() if base == folder else ("--base-directory", str(base)))]
-    with server(folder, python, port, arguments) as (url, log):
+    if "--cpu" not in arguments and not _has_gpu(python):
+        arguments.append("--cpu")
+    port = port or free_port(8188)
+    url, log = f"http://127.0.0.1:{port}", ROOT / "outputs" / "comfyui.log"
+    log.parent.mkdir(exist_ok=True)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that nothing is left running
+    print(f"Starting ComfyUI; its log is {log} ...", flush=True)
+    with server(folder, python, port, arguments, log):
         command = [str(comfy), "--skip-prompt", "--no-json", "run", "--workflow", str(workflow), "--wait"]
-        command += ["--host", "127.0.0.1", "--port", url.rpartition(":")[2]]
+        command += ["--host", "127.0.0.1", "--port", str(port)]
         print(f"Running {workflow.name} ...", flush=True)
-        status = subprocess.run(command, check=False, env={**os.environ, "DO_NOT_TRACK": "1"}).returncode
+        status = run_to_end(command, env={**os.environ, "DO_NOT_TRACK": "1"})
+        if status == CANCELLED:
+            print("Cancelled; waiting for the checkpoint ...", flush=True)
+            deadline = time.monotonic() + SAVE_SECONDS
+            while _ask(f"{url}/queue")["queue_running"] and time.monotonic() < deadline:
+                time.sleep(0.3)
+            print("The same command goes on with the run.", flush=True)
+            return status
         if status:
             print(f"comfy run ended with {status}; ComfyUI's log ends:\n{_tail(log)}", flush=True)
         else:
-            print("Files made:", *made(url, base / "output"), sep="\n  ", flush=True)
+            newest = list(_ask(f"{url}/history?max_items=1").values())[-1]
+            print("Files made:", *dict.fromkeys(listed(newest["outputs"], base / "output")), sep="\n  ", flush=True)
         if once:
             return status
         print(

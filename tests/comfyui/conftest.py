@@ -5,9 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import socket
-import subprocess
-import sys
 import time
 import urllib.error
 import urllib.request
@@ -16,36 +13,21 @@ from pathlib import Path
 
 import psutil
 import pytest
+from reward_lora import bootstrap_comfyui
 
 from .listen import Listener
 
 ROOT = Path(__file__).resolve().parents[2]
-START_SECONDS, RUN_SECONDS = 180, 180
+RUN_SECONDS = 180
 
 
 def find_comfyui() -> tuple[Path, Path] | str:
     """ComfyUI's folder and its Python, or why there is none."""
-    folder = Path(os.environ.get("COMFYUI_PATH") or "~/ComfyUI").expanduser()
+    folder = bootstrap_comfyui.wanted_folder()
     if not (folder / "main.py").is_file():
         return f"no ComfyUI in {folder}; set COMFYUI_PATH to test the nodes in a real one"
-    if os.environ.get("COMFYUI_PYTHON"):
-        return folder, Path(os.environ["COMFYUI_PYTHON"])
-    places = [folder / name / part for name in (".venv", "venv") for part in ("bin/python", "Scripts/python.exe")]
-    places.append(folder.parent / "python_embeded" / "python.exe")
-    for python in places:
-        if python.exists():
-            return folder, python
-    return f"no Python next to {folder}; set COMFYUI_PYTHON to the one that runs ComfyUI"
-
-
-def link_folder(link: Path, target: Path) -> None:
-    """A symbolic link, or on Windows, where that needs a right, a junction."""
-    if sys.platform == "win32":
-        import _winapi
-
-        _winapi.CreateJunction(str(target), str(link))
-    else:
-        link.symlink_to(target, target_is_directory=True)
+    python = bootstrap_comfyui.find_python(folder)
+    return (folder, python) if python else f"no Python next to {folder}; set COMFYUI_PYTHON to the one that runs it"
 
 
 @dataclass
@@ -144,21 +126,7 @@ class ComfyUI:
 
     def files(self, outcome: Outcome) -> list[Path]:
         """Every output file that history lists."""
-        found = []
-        for node in outcome.outputs.values():
-            for entries in node.values():
-                found += [
-                    self.output / e["subfolder"] / e["filename"]
-                    for e in entries
-                    if isinstance(e, dict) and e.get("type") == "output"
-                ]
-        return found
-
-
-def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
+        return bootstrap_comfyui.listed(outcome.outputs, self.output)
 
 
 @pytest.fixture(scope="session")
@@ -170,42 +138,19 @@ def comfyui(tmp_path_factory):
     base = tmp_path_factory.mktemp("comfyui") / "deep" / "base"
     for name in ("custom_nodes", "user", "output", "temp", "input", "models/loras"):
         (base / name).mkdir(parents=True)
-    link_folder(base / "custom_nodes" / "reward-lora", ROOT)
+    bootstrap_comfyui.link_folder(base / "custom_nodes" / "reward-lora", ROOT)
     for helper in Path(__file__).parent.glob("helper_*.py"):
         shutil.copy(helper, base / "custom_nodes")
     elsewhere = base.parent / "elsewhere"
     elsewhere.mkdir()
-    link_folder(elsewhere / "my_wan", ROOT / "assets" / "tiny_wan")
+    bootstrap_comfyui.link_folder(elsewhere / "my_wan", ROOT / "assets" / "tiny_wan")
     paths = base.parent / "extra_model_paths.yaml"
     paths.write_text(f"elsewhere:\n  video_models: {elsewhere.as_posix()}\n", encoding="utf-8")
-    port, hub = free_port(), free_port()
+    port, hub = bootstrap_comfyui.free_port(), bootstrap_comfyui.free_port()
     log = base.parent / "server.log"
-    command = [python, folder / "main.py", "--cpu", "--port", port, "--base-directory", base]
-    command += ["--user-directory", base / "user", "--database-url", "sqlite:///:memory:"]
-    command += ["--extra-model-paths-config", paths, "--disable-auto-launch", "--preview-method", "none"]
+    arguments = ["--cpu", "--base-directory", base, "--user-directory", base / "user", "--preview-method", "none"]
+    arguments += ["--database-url", "sqlite:///:memory:", "--extra-model-paths-config", paths]
     environment = {**os.environ, "HF_ENDPOINT": f"http://127.0.0.1:{hub}"}  # never the real one
-    environment |= {"OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1", "PYTHONUTF8": "1"}
-    for ours in ("PYTHONPATH", "PYTHONSAFEPATH"):  # ComfyUI finds its modules beside main.py
-        environment.pop(ours, None)
-    with log.open("wb") as sink:
-        process = subprocess.Popen(
-            [str(part) for part in command], stdout=sink, stderr=subprocess.STDOUT, env=environment, cwd=folder
-        )
-    try:
-        server = ComfyUI(port, base, log, hub, process.pid)
-        deadline = time.monotonic() + START_SECONDS
-        while True:
-            try:
-                server.ask("/system_stats")
-                break
-            except OSError:
-                if process.poll() is not None or time.monotonic() > deadline:
-                    raise RuntimeError(f"ComfyUI did not start:\n{log.read_text()[-3000:]}") from None
-                time.sleep(0.3)
-        yield server
-    finally:
-        process.terminate()
-        try:
-            process.wait(20)
-        except subprocess.TimeoutExpired:
-            process.kill()
+    environment |= {"OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
+    with bootstrap_comfyui.server(folder, python, port, list(map(str, arguments)), log, environment) as process:
+        yield ComfyUI(port, base, log, hub, process.pid)
