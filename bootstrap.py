@@ -9,7 +9,6 @@ import subprocess
 import sys
 import time
 import venv
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent
@@ -75,14 +74,9 @@ def run(name: str, arguments: list[str], extra: str = "", **environment: str) ->
     ready(extra)
     # The root is a package, not a folder of modules: keep it off the path of what we start.
     env = {**os.environ, "PYTHONSAFEPATH": "1", "PYTHONUNBUFFERED": "1", "PYTHONUTF8": "1", **environment}
-    return run_to_end([str(program(name)), *arguments], cwd=ROOT, env=env)
-
-
-def run_to_end(command: Sequence[str], *, env: Mapping[str, str], cwd: Path | None = None) -> int:
-    """Run a program that at Ctrl-C, which it gets too, is given the time to save; returns its exit status."""
-    with subprocess.Popen(command, env=env, cwd=cwd) as process:
+    with subprocess.Popen([str(program(name)), *arguments], cwd=ROOT, env=env) as process:
         while True:
             try:
                 return process.wait()
-            except KeyboardInterrupt:  # subprocess.run would kill it after a quarter of a second
+            except KeyboardInterrupt:  # it got the same and saves; subprocess.run would kill it after a quarter second
                 continue

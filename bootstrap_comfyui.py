@@ -20,10 +20,10 @@ ROOT = Path(__file__).resolve().parent
 PROBE = "RewardLoraTrainRewardLora"
 START_SECONDS = 600
 """How long a server may take to start: the first start on a slow disk, with many other packs, takes minutes."""
+ALONE = {"creationflags": subprocess.CREATE_NEW_PROCESS_GROUP} if os.name == "nt" else {"start_new_session": True}
+"""Starts a process that the terminal's Ctrl-C does not reach."""
 CANCELLED = 130
-"""What ``comfy run`` ends with at Ctrl-C."""
-SAVE_SECONDS = 120
-"""How long a cancelled training may take to come to the end of a model's call and to save."""
+"""What ``comfy run`` ends with when its workflow is cancelled."""
 
 
 def wanted_folder() -> Path:
@@ -129,10 +129,8 @@ def server(
     """
     command = [str(python), str(folder / "main.py"), "--port", str(port), "--disable-auto-launch", *arguments]
     env = {k: v for k, v in env.items() if k not in ("PYTHONPATH", "PYTHONSAFEPATH")} | {"PYTHONUTF8": "1"}
-    # Ctrl-C is not for the server: comfy-cli cancels the run, which then saves its checkpoint.
-    own = {"creationflags": subprocess.CREATE_NEW_PROCESS_GROUP} if os.name == "nt" else {"start_new_session": True}
     with log.open("wb") as sink:
-        process = subprocess.Popen(command, stdout=sink, stderr=subprocess.STDOUT, cwd=folder, env=env, **own)
+        process = subprocess.Popen(command, stdout=sink, stderr=subprocess.STDOUT, cwd=folder, env=env, **ALONE)
     try:
         deadline = time.monotonic() + START_SECONDS
         while True:
@@ -177,6 +175,20 @@ def listed(outputs: Mapping[str, dict], output: Path) -> list[Path]:
     return [output / f["subfolder"] / f["filename"] for f in files]
 
 
+def _follow(command: Sequence[str], url: str) -> int:
+    """Run comfy-cli to its end. Ctrl-C, which it would not pass on, cancels the workflow: a training then saves."""
+    with subprocess.Popen(command, env={**os.environ, "DO_NOT_TRACK": "1"}, **ALONE) as process:
+        while True:
+            try:
+                return process.wait()
+            except KeyboardInterrupt:
+                print("Cancelling ...", flush=True)
+                urllib.request.urlopen(f"{url}/interrupt", data=b"", timeout=60).close()
+            except BaseException:
+                process.terminate()
+                raise
+
+
 def run(comfy: Path, workflow: Path, *, base: Path | None, port: int, once: bool, arguments: Sequence[str]) -> int:
     """Everything from nothing to the graph; returns the exit status of ``comfy run``.
 
@@ -188,8 +200,6 @@ def run(comfy: Path, workflow: Path, *, base: Path | None, port: int, once: bool
         once: Stop the server after the run, instead of at Ctrl-C.
         arguments: More for ComfyUI's ``main.py``.
     """
-    from bootstrap import run_to_end  # beside quickstart.py, which alone calls this
-
     folder = wanted_folder()
     if not (folder / "main.py").is_file():
         folder = install(comfy, folder)
@@ -211,13 +221,9 @@ def run(comfy: Path, workflow: Path, *, base: Path | None, port: int, once: bool
         command = [str(comfy), "--skip-prompt", "--no-json", "run", "--workflow", str(workflow), "--wait"]
         command += ["--host", "127.0.0.1", "--port", str(port)]
         print(f"Running {workflow.name} ...", flush=True)
-        status = run_to_end(command, env={**os.environ, "DO_NOT_TRACK": "1"})
+        status = _follow(command, url)
         if status == CANCELLED:
-            print("Cancelled; waiting for the checkpoint ...", flush=True)
-            deadline = time.monotonic() + SAVE_SECONDS
-            while _ask(f"{url}/queue")["queue_running"] and time.monotonic() < deadline:
-                time.sleep(0.3)
-            print("The same command goes on with the run.", flush=True)
+            print("Cancelled; the same command goes on with the run.", flush=True)
             return status
         if status:
             print(f"comfy run ended with {status}; ComfyUI's log ends:\n{_tail(log)}", flush=True)
