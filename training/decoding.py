@@ -138,8 +138,12 @@ def own(entry: object) -> object:
 
 
 def _leaf(entry: object) -> object:
-    """A tensor of its own that collects a gradient; anything that cannot, as it is."""
-    return entry.detach().requires_grad_() if isinstance(entry, Tensor) and entry.is_floating_point() else entry
+    """A tensor of its own that collects a gradient, with a storage of its size; anything that cannot, as it is."""
+    if not (isinstance(entry, Tensor) and entry.is_floating_point()):
+        return entry
+    leaf = entry.detach().requires_grad_()
+    leaf.register_hook(own)  # it was joined to what the chunk brought, and its gradient is cut from that of both
+    return leaf
 
 
 def _passes(entry: object) -> bool:
