@@ -38,9 +38,10 @@ class Train:
         output_dir: The run's folder is made in here.
         model: A folder with a video model, the name of one in `models/video_models`, or `builtin`, the tiny one that
             ships with the pack.
-        download: Fetch the model into `models/video_models` if it is a published one that is not there.
+        download: Fetch what is published and not there: the model into `models/video_models`, files of rewards into
+            `models/reward_models`.
         reward: What the LoRA should make better: a name, or your own as `file.py:NAME`.
-        reward_path: Folder of the reward model's files.
+        reward_path: Folder of the reward model's files, if it is not `models/reward_models`.
         heldout: A reward that is not trained on and tells the guards what the trained one is worth, spelled like it
             (and with its own `path=`); may be repeated.
         prompts: Text file, one prompt a line; .jsonl with `prompt` and perhaps `start_image`, `end_image` and
