@@ -90,6 +90,7 @@ class Learner:
         self.plan = plan_for(config.memory, model)
         self._model, self._reward, self._config = model, reward, config
         self._stores: ExitStack | None = None
+        self._estimate: Estimate | None = None
         self._compiled = ExitStack()
         self._offloads = False
         self._latent_shape = model.spec.latent_shape(config.width, config.height, config.frames)
@@ -128,8 +129,11 @@ class Learner:
                 self._stores = None
 
     def estimate(self) -> Estimate:
-        """What the run needs; :meth:`prepare` must have been called."""
-        return estimate(self._model, self._reward, self._config, self._inputs.any_text(), self._device)
+        """What the run needs, counted once; :meth:`prepare` must have been called."""
+        if self._estimate is None:
+            text = self._inputs.any_text()
+            self._estimate = estimate(self._model, self._reward, self._config, text, self._device)
+        return self._estimate
 
     def _fitting(self) -> MemoryPlan:
         """The plan in force, or on a GPU with ``memory: auto`` the fastest that should fit, with some room to spare.
