@@ -7,8 +7,11 @@ from torch import Tensor
 
 from ..lora.adapter import applied
 from ..training.sample import sample_prompt
+from . import train_widgets
 from .bridge import Progress, engine, placed, to_images, to_still
 from .types import LoadedModel, VideoModelType
+
+INTERVAL = {"guidance_interval": train_widgets.SAMPLING["guidance_interval"]}
 
 
 class GenerateVideo(io.ComfyNode):
@@ -63,6 +66,7 @@ class GenerateVideo(io.ComfyNode):
                 io.Image.Input(
                     "end_image", optional=True, tooltip="Last frame, for models that can end with an image."
                 ),
+                *train_widgets.inputs(INTERVAL, optional=True),
             ],
             outputs=[
                 io.Image.Output("images", display_name="images", tooltip="The frames."),
@@ -85,8 +89,10 @@ class GenerateVideo(io.ComfyNode):
         guidance_scale: float,
         start_image: Tensor | None = None,
         end_image: Tensor | None = None,
+        guidance_interval: str = "",
     ) -> io.NodeOutput:
         model = video_model.model
+        interval = train_widgets.given(INTERVAL, {"guidance_interval": guidance_interval})
         steps = steps or model.spec.steps
         progress, calls = Progress(steps + 3, cls.hidden.unique_id), []  # text, the denoiser's arrival, steps, decode
 
@@ -106,6 +112,7 @@ class GenerateVideo(io.ComfyNode):
                 frames=frames,
                 steps=steps,
                 guidance_scale=guidance_scale,
+                **interval,
                 start_image=to_still(start_image),
                 end_image=to_still(end_image),
                 tick=placing,
