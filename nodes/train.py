@@ -113,7 +113,7 @@ class TrainRewardLora(io.ComfyNode):
                     max=64,
                     optional=True,
                     tooltip="How many GPUs, from the first, train together, each on videos of its own, in processes "
-                    "that load the model themselves; on a CPU, so many processes. 1 trains in ComfyUI itself.",
+                    "that load the model themselves; on a CPU, so many processes: 1 to 64. 1 trains in ComfyUI itself.",
                 ),
             ],
             outputs=[

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from reward_lora.lora.adapter import inject_weights, linear_shapes
 from reward_lora.lora.files import LoraModule, MatchedLora, Offset, write_lora
 from reward_lora.selfcheck.wan import build
@@ -18,6 +20,7 @@ from . import graphs
 
 pytestmark = pytest.mark.comfyui
 
+BUILTIN = "builtin: colour fix"
 SEED, STRENGTH, RANK, ALPHA = 7, 0.8, 4, 2.0
 LATENTS = (1, 16, 2, 4, 4)
 MEAN = [-0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508,
@@ -295,6 +298,24 @@ def test_a_merged_lora_is_its_parts_together_in_every_node(comfyui, native, base
         whole = both["blocks.0.ffn.net.0.proj"].delta()
         lost = float((delta - whole).square().sum() / whole.square().sum())
         assert lost < 1e-10 if not rank else 1e-10 < lost < 0.2
+
+
+def test_our_own_model_and_the_sweep_take_a_merged_lora(comfyui):
+    """The built-in one at two halves is the built-in one; merging says its rank and its base model."""
+    whole = graphs.apply(BUILTIN, 1.0, steps=2)
+    halves = graphs.apply("the connected LoRA", 1.0, steps=2)
+    halves["2"]["inputs"]["lora"] = ["7", 0]
+    halves |= merged(lora_file_1=BUILTIN, weight_1=0.5, lora_file_4=BUILTIN, weight_4=0.5)
+    painted = []
+    for graph in (whole, halves):
+        outcome = comfyui.run(graph)
+        assert outcome.status == "success", outcome.message
+        painted.append(np.stack([np.asarray(Image.open(file)).astype(int) for file in comfyui.files(outcome)]))
+    assert "rank 16" in outcome.outputs["7"]["text"][0]
+    assert np.abs(painted[0] - painted[1]).max() <= 1
+    graph = sweep_graph(strengths="1", lora_file="the connected LoRA", lora=["71", 0])
+    outcome = comfyui.run(graph | {"71": halves["7"]})
+    assert outcome.status == "success", outcome.message
 
 
 def test_what_cannot_be_merged_is_answered_in_a_sentence(comfyui, native):
