@@ -92,7 +92,6 @@ class GenerateVideo(io.ComfyNode):
         guidance_interval: str = "",
     ) -> io.NodeOutput:
         model = video_model.model
-        interval = train_widgets.given(INTERVAL, {"guidance_interval": guidance_interval})
         steps = steps or model.spec.steps
         progress, calls = Progress(steps + 3, cls.hidden.unique_id), []  # text, the denoiser's arrival, steps, decode
 
@@ -112,7 +111,7 @@ class GenerateVideo(io.ComfyNode):
                 frames=frames,
                 steps=steps,
                 guidance_scale=guidance_scale,
-                **interval,
+                **train_widgets.given(INTERVAL, {"guidance_interval": guidance_interval}),
                 start_image=to_still(start_image),
                 end_image=to_still(end_image),
                 tick=placing,
