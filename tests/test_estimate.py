@@ -6,7 +6,10 @@ import logging
 import pytest
 import torch
 from reward_lora.benchmarks.allocated import peak_bytes
+from reward_lora.benchmarks.scoring import judge_of
 from reward_lora.lora.adapter import inject_new
+from reward_lora.reward_models.mixture import Mixture
+from reward_lora.reward_models.scoring import FrameReward
 from reward_lora.selfcheck.exactness import ToyReward
 from reward_lora.tests.families import cases
 from reward_lora.training.config import TrainConfig
@@ -70,7 +73,7 @@ def test_it_is_near_the_measured_peak_of_a_training_step(name):
     model = build(*sizes)
     config = TrainConfig(width=width, height=height, frames=frames, guidance_scale=3.0, sampler_steps=2, rank=4,
                          judged_latents=judged, backprop=BackpropSchedule("last")).for_model(model.spec)  # fmt: skip
-    found = estimate(model, None, config, TEXT)
+    found = estimate(model, ToyReward(), config, TEXT)
     adapter = inject_new(model.transformer, config.lora_targets, config.rank, config.network_alpha, 1)
     parameters = adapter.parameters().values()
     shape = model.spec.latent_shape(width, height, frames)
@@ -89,6 +92,37 @@ def test_it_is_near_the_measured_peak_of_a_training_step(name):
 
         borrowed = found.peak(plan) - found.weights - found.lora
         assert borrowed == pytest.approx(peak_bytes(step), rel=0.25)  # stricter than with the weights in it
+
+
+def judge_peak(model, reward, config):
+    latents = model.initial_latents(model.spec.latent_shape(config.width, config.height, config.frames), [1])
+    walk = Walk(model, None, 1.0)
+    return peak_bytes(lambda: judge(walk, latents, reward, ["a video"], Objective(), config.view_at(0, False)))
+
+
+@pytest.mark.parametrize("judged", [0, 1])
+def test_a_reward_that_needs_more_than_the_decoder_is_counted(wan, judged):
+    config = TrainConfig(sampler_steps=2, judged_latents=judged, backprop=BackpropSchedule("last")).for_model(wan.spec)
+    reward = FrameReward(judge_of("hps", "tiny", []), "hps")
+    alone = estimate(wan, None, config, torch.ones(4, 8))
+    found = estimate(wan, Mixture([reward, ToyReward()], [1.0, 2.0]), config, torch.ones(4, 8))
+    assert found.reward == sum(p.nbytes for p in (*reward.judge.parameters(), *reward.judge.buffers()))
+    assert found.scoring_counted
+    assert reward._texts == {}  # it was not the reward itself that worked
+    assert found.judge.whole == pytest.approx(judge_peak(wan, reward, config), rel=0.25)
+    assert found.judge.whole > 2 * alone.judge.whole
+
+
+def test_a_reward_that_looks_at_what_it_gets_is_said_not_to_be_counted(wan):
+    class Choosy(ToyReward):
+        def score(self, frames, prompts, *, reference=None):
+            return super().score(frames, prompts) if frames.mean() > 0.1 else frames.flatten(1).sum(1)
+
+    config = TrainConfig(sampler_steps=2, backprop=BackpropSchedule("last")).for_model(wan.spec)
+    found = estimate(wan, Choosy(), config, torch.ones(4, 8))
+    assert "; what the reward needs beside its weights is not counted" in found.line(PLANS[0], 10**9)
+    assert found.table(10**9).endswith("is not counted")
+    assert "not counted" not in estimate(wan, ToyReward(), config, torch.ones(4, 8)).line(PLANS[0], 10**9)
 
 
 def test_a_lora_that_is_there_is_the_one_that_is_counted(wan):

@@ -1,20 +1,22 @@
-"""What a run will need, by phase, before it starts: counted on the meta device, where nothing is computed.
+"""What a run will need, by phase, before it starts: counted on tensors without content, where nothing is computed.
 
 Each phase is run as training runs it, backward pass and checkpoints included, on tensors without content, and every
 storage is counted from where it is made to where it is freed (:mod:`.live`). Weights are summed. Attention is counted
-as memory-efficient kernels store it. Not counted: the fragments of the allocator, and the reward's own activations
-(a few images at a time).
+as memory-efficient kernels store it. The fragments of the allocator are not counted.
 """
 
 from __future__ import annotations
 
+import copy
+import logging
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.nn import functional as F
 
 from ..block_weights import FLOAT8, blocks_of
@@ -26,6 +28,8 @@ from .decoding import Decoder, own, sparse
 from .gradient import silent
 from .live import LiveBytes
 from .memory import PLANS, MemoryPlan, checkpointed_blocks
+
+log = logging.getLogger(__name__)
 
 OPTIMIZER = 4
 """Tensors of a LoRA parameter's size: itself, its gradient, and two moments of AdamW."""
@@ -55,12 +59,13 @@ class Estimate:
         lora: All LoRAs, their gradients and their optimizer.
         rollout: One guidance branch of one solver step, without gradient.
         replay: One guidance branch of one solver step, there and back.
-        judge: One chunk of the VAE's decoder, there and back, and the frames.
+        judge: The larger of one chunk of the VAE's decoder, there and back, with all frames, and the reward's work.
         boundary: What the decoder carries from one chunk to the next.
         boundaries: How many of these there are.
         resting: Weights that only ever rest, such as a second expert's.
         main_memory: Whether all of it is computed in main memory, where every weight is all the time, and what the
             decoder carries too, which else waits there for a GPU.
+        scoring_counted: Whether the reward's work is: one that looks at what its tensors hold cannot be tried without.
     """
 
     text: int
@@ -77,6 +82,7 @@ class Estimate:
     boundaries: int
     resting: int = 0
     main_memory: bool = False
+    scoring_counted: bool = True
 
     @property
     def weights(self) -> int:
@@ -122,17 +128,23 @@ class Estimate:
         best = self.fitting(free)
         words = f"memory {best.name} fits" if best else f"nothing fits: {LESS}"
         carried = f"; {_gb(self.carried(best or PLANS[-1]))} of the decoder's features wait in main memory"
-        return "\n".join([*lines, f"{words} into {self._room(free)}{'' if self.main_memory else carried}"])
+        said = f"{words} into {self._room(free)}{'' if self.main_memory else carried}{self._uncounted}"
+        return "\n".join([*lines, said])
 
     def line(self, plan: MemoryPlan, free: int) -> str:
         """What a run under a plan needs, where most, what is free, and what to change if that is too little."""
         phases = self.phases(plan)
         largest = max(phases, key=phases.__getitem__)
-        words = f"memory: {plan.name} needs about {_gb(phases[largest])}, most to {VERBS[largest]}; {self._room(free)}"
+        words = f"memory: {plan.name} needs about {_gb(phases[largest])}, most to {VERBS[largest]}{self._uncounted}"
+        words += f"; {self._room(free)}"
         if phases[largest] <= free + (self.weights if self.main_memory else 0):
             return words
         best = self.fitting(free)
         return f"{words}; that is too little: " + (f"set memory to {best.name}" if best else LESS)
+
+    @property
+    def _uncounted(self) -> str:
+        return "" if self.scoring_counted else "; what the reward needs beside its weights is not counted"
 
     def _room(self, free: int) -> str:
         there = f" and {_gb(self.weights)} of weights that are there" if self.main_memory else ""
@@ -154,7 +166,7 @@ def estimate(
 
     Args:
         model: Loaded, wherever its weights lie; with the LoRAs to be trained, or without any.
-        reward: Its weights are counted if it keeps them in attributes.
+        reward: Its networks are found in its attributes; None counts none.
         config: Settings with every default filled in.
         text: One embedding ``[L, D]``, as ``encode_text`` gives.
         device: Where it will be computed.
@@ -182,7 +194,10 @@ def estimate(
             blocks = [size * (1 - saved / max(1, sum(blocks))) for size in blocks]
     view = config.view_at(0, False)
     part = latents[:, :, : config.judged_latents or None] if view.latent_choice == "first" else latents
-    judge, boundary = _judge(model, part, device)
+    judge, graph, boundary = _judge(model, part, device)
+    frames, _ = view.shown(model, shape[1], model.spec.frames_of(part.shape[2]))
+    scoring = _scoring(reward, (config.batch_size, 3, len(frames), config.height, config.width), view.augment, device)
+    judge = Borrowed(*(max(a, b + (scoring or 0)) for a, b in zip(*map(astuple, (judge, graph)), strict=True)))
     experts = len(config.experts)
     return Estimate(
         text=_bytes(getattr(model, "text_encoder", None)),
@@ -191,7 +206,7 @@ def estimate(
         block=int(max(blocks, default=0)),
         lora=OPTIMIZER * lora * experts,
         vae=_bytes(model.vae),
-        reward=sum(_bytes(value) for value in vars(reward).values()) if reward else 0,
+        reward=sum(map(_bytes, _parts(reward))),
         rollout=rollout,
         replay=replay,
         judge=judge,
@@ -199,6 +214,7 @@ def estimate(
         boundaries=len(model.chunks(part.shape[2])) - 1 if boundary else 0,
         resting=sum(_bytes(other, frozen=True) for other in model.denoisers.values() if other is not network),
         main_memory=device.type == "cpu",
+        scoring_counted=scoring is not None,
     )
 
 
@@ -221,10 +237,15 @@ def _walk(
     return live.most, Borrowed(*peaks)
 
 
-def _judge(model: VideoModel, latents: Tensor, device: torch.device) -> tuple[Borrowed, int]:
-    """Peak of a chunk's decoding and of the way back through it, with all frames and their gradients; one boundary."""
+def _judge(model: VideoModel, latents: Tensor, device: torch.device) -> tuple[Borrowed, Borrowed, int]:
+    """Of the decoder, three sizes.
+
+    Returns:
+        Peak of a chunk's decoding and of the way back through it, with all frames and their gradients; its graph, where
+        it is there while the reward works: for a single chunk; and one boundary.
+    """
     lengths = list(model.chunks(latents.shape[2]))
-    parts, given, carried, frames, peaks = latents.split(lengths, dim=2), (), (), 0, []
+    parts, given, carried, frames, peaks, graphs = latents.split(lengths, dim=2), (), (), 0, [], []
     with _counted(model.vae, device) as live:
         for part in parts[:3]:  # the first chunk is short; from the third on all are alike
             given = tuple(own(entry) for entry in carried)
@@ -240,8 +261,58 @@ def _judge(model: VideoModel, latents: Tensor, device: torch.device) -> tuple[Bo
             Decoder(model, silent, save_memory)._chunk_gradient(part, given, at_frames, upstream)
             # On a GPU what was carried waits elsewhere, and what is at work is a copy of it.
             peaks.append(live.most - (before if device.type == "cpu" else 0))
+            graphs.append(_graph(model, part, save_memory, live) if len(parts) == 1 else 0)
     frames = frames * latents.shape[2] // sum(lengths[:3])
-    return Borrowed(*(peak + 2 * frames for peak in peaks)), before
+    return Borrowed(*(peak + 2 * frames for peak in peaks)), Borrowed(*graphs), before
+
+
+def _graph(model: VideoModel, latents: Tensor, save_memory: bool, live: LiveBytes) -> int:
+    """Bytes of a clip's frames and of the autograd graph that made them."""
+    before, decoder, kept = live.now, Decoder(model, silent, save_memory), []
+    with torch.enable_grad():
+        kept.append(decoder.with_graph(latents.detach().requires_grad_()))
+    return live.now - before
+
+
+def _scoring(reward: Reward | None, size: tuple[int, ...], views: int, device: torch.device) -> int | None:
+    """Peak of judging frames of a size ``[B, 3, T, H, W]`` there and back, in some views; None if it cannot be tried.
+
+    The reward's twin has what it has, but for weights without content where it will compute.
+    """
+    if reward is None:
+        return 0
+    parts = [[p] if isinstance(p, Tensor) else [*p.parameters(), *p.buffers()] for p in _parts(reward)]
+    try:
+        with FakeTensorMode(allow_non_fake_inputs=True) as contentless:
+            twins = {id(tensor): _twin(tensor, device) for part in parts for tensor in part}
+        twin = copy.deepcopy(reward, dict(twins))
+        with contentless, _efficient_attention(), LiveBytes(device.type) as live, torch.enable_grad():
+            live.leave_out(twins.values())
+            frames = torch.empty(size, device=device, requires_grad=True)
+            reference = torch.empty_like(frames) if "reference" in reward.needs else None
+            shown = [frames.clone() for _ in range(views)] or [frames]
+            scores = [twin.score(view, ["a video"] * size[0], reference=reference).sum() for view in shown]
+            torch.autograd.grad(sum(scores), frames)
+        return live.most
+    except Exception as error:  # of anybody's reward: it asks for contents, or has weights where nobody finds them
+        log.debug("the reward %s cannot be tried without content: %s", reward.name, error)
+        return None
+
+
+def _twin(tensor: Tensor, device: torch.device) -> Tensor:
+    twin = torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
+    return nn.Parameter(twin, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else twin
+
+
+def _parts(thing: object) -> Iterator[nn.Module | Tensor]:
+    """Networks and tensors among a reward's attributes, and among those of the rewards it is made of."""
+    if isinstance(thing, (nn.Module, Tensor)):
+        yield thing
+    elif isinstance(thing, (list, tuple, Mapping)):
+        for value in thing.values() if isinstance(thing, Mapping) else thing:
+            yield from _parts(value)
+    elif isinstance(thing, Reward):
+        yield from _parts(vars(thing))
 
 
 @contextmanager
@@ -261,7 +332,7 @@ def _efficient_attention() -> Iterator[None]:
     real = F.scaled_dot_product_attention
 
     def attention(query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if query.device.type != "meta":
+        if query.device.type != "meta" and not isinstance(query, FakeTensor):
             return real(query, key, value, *args, **kwargs)
         return _Attention.apply(query, key, value)
 
