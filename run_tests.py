@@ -7,8 +7,9 @@ import sys
 
 import bootstrap
 
-PARALLEL = ["-n", "auto", "--maxprocesses", "4", "--dist", "loadscope"]
-"""A file of tests to each core, and one thread to each: PyTorch's own threads would only stand in each other's way."""
+PARALLEL = ["-n", "auto", "--maxprocesses", "4", "--dist", "loadscope", "--no-loadscope-reorder"]
+"""A file of tests to each core, in the order of ``tests/conftest.py``, and one thread to each: PyTorch's own threads
+would only stand in each other's way."""
 
 if __name__ == "__main__":
     failed = bootstrap.run("ruff", ["check", "."], "test")

@@ -33,7 +33,7 @@ class Pair:
             for rank in range(2)
         ]  # fmt: skip
         self.folder = folder
-        self.texts = [child.communicate(timeout=500)[0] for child in children]
+        self.texts = [child.communicate(timeout=1500)[0] for child in children]
         self.statuses = [child.returncode for child in children]
 
     def said(self, run):

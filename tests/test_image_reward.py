@@ -123,7 +123,7 @@ def test_against_the_image_reward_package(tmp_path):
     save_file({"pixels": pixels}, folder / "io.safetensors")
     Image.fromarray(images[0].permute(1, 2, 0).numpy()).save(folder / "picture.png")
     script = Path(__file__).parent / "image_reward_package.py"
-    subprocess.run([sys.executable, str(script), str(folder), PROMPT], check=True, timeout=120)
+    subprocess.run([sys.executable, str(script), str(folder), PROMPT], check=True, timeout=600)
     theirs = load_file(folder / "package.safetensors")
     reward = load_reward("image_reward", folder)
     frames = (images.float() / 255)[:, :, None].requires_grad_()

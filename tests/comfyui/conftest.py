@@ -18,7 +18,8 @@ from reward_lora import bootstrap_comfyui
 from .listen import Listener
 
 ROOT = Path(__file__).resolve().parents[2]
-RUN_SECONDS = 180
+RUN_SECONDS = 900
+"""Patience with a graph, of which most take a few seconds on an idle machine."""
 
 
 def find_comfyui() -> tuple[Path, Path] | str:
@@ -68,7 +69,7 @@ class ComfyUI:
         body = None if data is None else json.dumps(data).encode()
         request = urllib.request.Request(self.url + path, body, {"Content-Type": "application/json"})
         try:
-            with urllib.request.urlopen(request, timeout=60) as answer:
+            with urllib.request.urlopen(request, timeout=300) as answer:
                 status, text = answer.status, answer.read()
         except urllib.error.HTTPError as error:
             status, text = error.code, error.read()
@@ -82,13 +83,13 @@ class ComfyUI:
         return self._process.memory_info().rss
 
     def free(self, limit: float = 0.0) -> int:
-        """What the button "Free model and node cache" does. Resident bytes once they are below a limit, or 10 s later.
+        """What the button "Free model and node cache" does. Resident bytes once they are below a limit, or 5 s later.
 
         More than once, because the server sets two flags one by one and may wake for the first alone.
         """
-        for _ in range(5):
+        for _ in range(30 if limit else 5):
             self.ask("/free", {"unload_models": True, "free_memory": True})
-            time.sleep(2)
+            time.sleep(1)
             if self.memory() < limit:
                 break
         return self.memory()

@@ -11,7 +11,7 @@ import pytest
 from . import graphs
 
 pytestmark = pytest.mark.comfyui
-PATIENCE = 170.0
+PATIENCE = 900.0
 
 
 def workers(folder) -> list[psutil.Process]:

@@ -19,7 +19,7 @@ from . import graphs
 pytestmark = pytest.mark.comfyui
 
 CANCELS = int(os.environ.get("REWARD_LORA_CANCELS", "6"))
-WIDE = {"ffn_dim": 400_000}
+WIDE = {"ffn_dim": 250_000}
 LIMIT = 1.1
 """Resident memory afterwards, relative to before."""
 
@@ -63,7 +63,7 @@ def cancel(comfyui, graph: dict, after: float) -> bool:
     status, answer = comfyui.queue(graph)
     assert status == 200, answer
     time.sleep(after)
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 600
     while time.monotonic() < deadline:
         comfyui.ask("/interrupt", {})  # again and again: one that comes before the graph has begun is forgotten
         time.sleep(0.3)
@@ -82,7 +82,7 @@ def test_cancels_at_random_moments_change_no_weight_and_keep_no_memory(comfyui, 
     before, memory = weights(comfyui, graphs.generate(), 0), comfyui.memory()
     cancelled = 0
     for number in range(CANCELS):
-        cancelled += cancel(comfyui, work(kinds[number % 3], number), rng.uniform(0.0, 3.0))
+        cancelled += cancel(comfyui, work(kinds[number % 3], number), rng.uniform(0.0, 2.0))
     after, now = weights(comfyui, graphs.generate(), 1), comfyui.memory()
     record_property("cancels", f"{cancelled} of {CANCELS}; resident {memory >> 20} -> {now >> 20} MiB")
     assert cancelled > CANCELS / 2
@@ -91,7 +91,7 @@ def test_cancels_at_random_moments_change_no_weight_and_keep_no_memory(comfyui, 
 
 
 def test_unloading_gives_the_memory_back(comfyui, record_property):
-    """A model of 300 MB comes, generates, trains, and goes with the button "Free model and node cache"."""
+    """A model of 190 MB comes, generates, trains, and goes with the button "Free model and node cache"."""
     folder = comfyui.base.parent / "elsewhere" / "large"
     Case("wan", "2.1 diffusers t2v").write(folder)
     with torch.device("meta"):
@@ -101,7 +101,7 @@ def test_unloading_gives_the_memory_back(comfyui, record_property):
         torch.nn.init.normal_(parameter, std=0.02)
     network.save_pretrained(folder / "transformer")
     size = sum(p.nbytes for p in network.parameters())
-    assert size > 300e6
+    assert size > 180e6
 
     def work(name: str) -> None:
         sizes = {"width": 32, "height": 32, "frames": 5}

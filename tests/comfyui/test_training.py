@@ -227,7 +227,7 @@ def test_what_is_seen_while_it_trains(comfyui):
         r"step \d+ of 4, rollout \d+ of 8",
         r"step \d+ of 4, replay \d of \d",
         r"evaluation after step (0|2|4), (rollout \d+ of 8|decoding|judging)",
-        r"reward \d\.\d+, \d\.\d+ on fixed prompts .*, \d\.\d s a step, about \d+ (s|min) left",
+        r"reward \d\.\d+, \d\.\d+ on fixed prompts .*, \d+\.\d s a step, about \d+ (s|min) left",
         r"step 4 of 4, .*on fixed prompts \(at first \d\.\d+\)",
     ):
         assert any(re.search(wanted, text) for text in texts), (wanted, texts)
@@ -237,7 +237,7 @@ def test_what_is_seen_while_it_trains(comfyui):
     whole = {each.data["value"] % (each.data["max"] // 4) for each in listener.of("progress")}
     assert len(whole) > 3, "the bar moves by whole steps only"
     moments = [each.when for each in listener.heard]
-    assert max(np.diff(moments)) < 60
+    assert max(np.diff(moments)) < 120
     last = Image.open(io.BytesIO(listener.of("preview")[-1].data)).convert("RGB")
     final = Image.open(comfyui.files(outcome)[0]).convert("RGB")
     assert last.size == final.size
