@@ -70,6 +70,8 @@ class Score:
         for name in self.reward or ("tiny_clip",):
             reward = find_reward(name, self.reward_path, pick_device(self.device), download=self.download)
             scored.append(self._score(reward, clips, prompts, reference))
+            if self.per_frame and not getattr(reward, "per_frame", True):
+                print(f"{reward.name} judges what happens between frames: it has no score of a single one")
         order = best_first(scored[0]) if self.rank else list(range(len(clips)))
         header, *rows = _rows(clips, prompts, scored, order, self.per_frame)
         print(table([*header[2:], "file"], [[*map(_short, row[2:]), row[0]] for row in rows]))

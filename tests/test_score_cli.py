@@ -118,6 +118,8 @@ def test_every_frame_has_a_row_and_motion_has_none(capsys, folder):
     clip = "a/a_red_square-001.mp4"
     status, out, err = run(capsys, clip, "--per-frame", "--reward", "own.py:Red", "--reward", "own.py:Moves")
     assert status == 0, err
+    assert "moves judges what happens between frames" in out
+    assert "red judges" not in out
     whole, *frames = rows()
     assert [row["frame"] for row in (whole, *frames)] == ["", "1", "2", "3"]
     expected = read_video(clip)[0].mean((1, 2)).tolist()
