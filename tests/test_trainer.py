@@ -198,12 +198,23 @@ def test_a_checkpoint_older_than_a_setting_goes_on_at_its_default(config):
     assert changed.differences(older) == ["anchor_by_sigma: False -> True"]
 
 
-def test_a_damaged_checkpoint_falls_back_to_the_one_before(wan, reward, config, tmp_path):
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda content: content[:100],
+        lambda content: content.replace(b'\\"step\\":4', b'\\"step\\":}'),
+        lambda content: content.replace(b'"lora.', b'"lara.', 1),
+    ],
+    ids=["cut", "progress", "name"],
+)
+def test_a_damaged_checkpoint_falls_back_to_the_one_before(wan, reward, config, tmp_path, damage):
     trainer = Trainer(wan, reward, PROMPTS, config, tmp_path / "run")
     list(trainer)
     final = trainer.lora_path.read_bytes()
     newest = list_checkpoints(trainer.folder)[-1]
-    newest.write_bytes(newest.read_bytes()[:100])
+    sound = newest.read_bytes()
+    newest.write_bytes(damage(sound))
+    assert newest.read_bytes() != sound
     assert [e.step for e in Trainer(wan, reward, PROMPTS, config, trainer.folder)] == [3, 4]
     assert trainer.lora_path.read_bytes() == final
 

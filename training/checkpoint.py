@@ -140,21 +140,25 @@ def load_latest(
         reward.load_state({})
     for path in reversed(list_checkpoints(folder)):
         try:
-            tensors, metadata = read_safetensors(path)
+            tensors, saved, progress = _read(path)
         except WeightFileError as error:
             log.warning("%s; trying the one before", error)
             continue
-        different = identity.differences(json.loads(metadata["identity"]))
+        different = identity.differences(saved)
         if different:
             raise ValueError(
                 f"{folder} holds a run with other settings ({'; '.join(different[:4])}): "
                 "choose another folder, restore the settings, or start afresh"
             )
-        progress = json.loads(metadata["progress"])
         unknown = sorted(set(progress) - {f.name for f in fields(Progress)})
         if unknown:
             raise ValueError(f"{path} was written by another version of Reward LoRA ({unknown[0]} is unknown to this "
                              "one): update, or choose another folder")  # fmt: skip
+        places = {f"lora.{key}": value for key, value in parameters.items()}
+        places |= {f"average.{key}": value for key, value in average.items()}
+        if any(name not in tensors or tensors[name].shape != place.shape for name, place in places.items()):
+            log.warning("%s lacks a tensor; trying the one before", path)
+            continue
         with torch.no_grad():
             for key, parameter in parameters.items():
                 parameter.copy_(tensors.pop(f"lora.{key}"))
@@ -171,6 +175,21 @@ def load_latest(
         begun.update(_under("begun.", tensors))
         return Progress(**progress)
     return None
+
+
+def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any], dict[str, Any]]:
+    """Tensors, identity and progress of a checkpoint; :class:`WeightFileError` if it is damaged."""
+    tensors, metadata = read_safetensors(path)
+    try:
+        saved, progress = (json.loads(metadata[name]) for name in ("identity", "progress"))
+        sound = isinstance(saved, dict) and all(
+            type(value) is type(progress.get(name, value)) for name, value in asdict(Progress()).items()
+        )
+    except (KeyError, ValueError, AttributeError, RecursionError):
+        sound = False
+    if not sound:
+        raise WeightFileError(f"{path} has a damaged header")
+    return tensors, saved, progress
 
 
 def _under(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
