@@ -454,6 +454,8 @@ def test_frames_are_those_the_vae_can_decode():
         ("transformer/config", {"in_channels": 32}, r"takes 32 input channels; supported are 16 .*not control"),
         ("scheduler/scheduler_config", {"beta_schedule": "cosine"}, "beta_schedule must be linear or scaled_linear"),
         ("scheduler/scheduler_config", {"clip_sample": True}, "clip_sample must be off"),
+        ("scheduler/scheduler_config", {"beta_end": -1}, "beta_start <= beta_end < 1, got 1000, 0.00085 and -1"),
+        ("scheduler/scheduler_config", {"beta_end": None}, "beta_end must be a number, got None"),
         ("reward_lora", {"shift": 3.0}, "unknown option shift; allowed are .*snr_shift_scale"),
         ("reward_lora", {"snr_shift_scale": 0}, r"snr_shift_scale must be above 0 in reward_lora\.json, got 0"),
     ],

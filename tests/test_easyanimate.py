@@ -352,6 +352,7 @@ def test_a_batch_predicts_what_its_samples_predict_alone(models):
         ("text_encoder/config.json", {"model_type": "llama"}, "the text encoder 'llama'"),
         ("scheduler/scheduler_config.json", {"clip_sample": True}, "clip_sample must be off"),
         ("scheduler/scheduler_config.json", {"beta_schedule": "cosine"}, "beta_schedule must be"),
+        ("scheduler/scheduler_config.json", {"_class_name": True, "num_train_timesteps": 0}, r"in 1\.\.100000"),
     ],
 )
 def test_what_does_not_belong_together_is_said(folders, file, change, message):

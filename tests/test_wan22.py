@@ -151,6 +151,23 @@ def test_experts_of_different_models_are_refused(pair_folder, tmp_path):
         load_video_model(folder, text=False)
 
 
+@pytest.mark.parametrize(
+    ("file", "change", "message"),
+    [
+        ("model_index", {"boundary_ratio": "high"}, "boundary_ratio in .* above 0 and at most at 1, got 'high'"),
+        ("scheduler/scheduler_config", {"flow_shift": [3]}, r"shift in .* above 0 and at most at 1000, got \[3\]"),
+        ("model_index", {"transformer_2": True, "boundary_ratio": 0}, "boundary_ratio in .*, got 0"),
+    ],
+)
+def test_numbers_of_a_diffusers_folder_that_cannot_be_meant_are_refused(tmp_path, file, change, message):
+    for name, content in (("model_index", {"_class_name": "WanPipeline"}), ("scheduler/scheduler_config", {})):
+        path = tmp_path / f"{name}.json"
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(json.dumps(content | change if name == file else content))
+    with pytest.raises(WeightFileError, match=message):
+        load_video_model(tmp_path)
+
+
 def test_a_vae_of_another_model_is_refused(tmp_path):
     family.write(tmp_path, "2.1 original t2v")
     other = tmp_path / "other"

@@ -103,7 +103,7 @@ def build_vae(config: Mapping[str, Any]) -> nn.Module:
 
 def _solver(path: Path) -> Ddim | FlowMatch:
     config = read_json(path)
-    kind = FlowMatch if "FlowMatch" in config.get("_class_name", "") else Ddim
+    kind = FlowMatch if "FlowMatch" in str(config.get("_class_name")) else Ddim
     try:
         return kind.from_config(config)
     except (TypeError, ValueError) as error:

@@ -38,6 +38,13 @@ def euler_step(x: Tensor, velocity: Tensor, sigma: Tensor, sigma_next: Tensor) -
     return x + (sigma_next - sigma).to(x.device, x.dtype) * velocity
 
 
+def _number(config: Mapping[str, Any], name: str, default: float) -> float:
+    value = config.get(name, default)
+    if not isinstance(value, (int, float)) or not math.isfinite(value):
+        raise ValueError(f"{name} must be a number, got {value!r}")
+    return float(value)
+
+
 @dataclass(frozen=True)
 class FlowMatch:
     """Flow matching with a shifted schedule and Euler steps, asked as :class:`Ddim`.
@@ -54,7 +61,7 @@ class FlowMatch:
 
         A dynamic shift is taken at ``mu = 1``, that is e, as EasyAnimate's pipelines do.
         """
-        return cls(math.e if config.get("use_dynamic_shifting") else float(config.get("shift", 1.0)))
+        return cls(math.e if config.get("use_dynamic_shifting") else _number(config, "shift", 1.0))
 
     def sigmas(self, steps: int) -> Tensor:
         return flow_match_sigmas(steps, self.shift)
@@ -104,8 +111,14 @@ class Ddim:
         for name in ("clip_sample", "thresholding", "trained_betas"):
             if config.get(name):
                 raise ValueError(f"the scheduler's {name} must be off; a clipped or foreign schedule is not supported")
-        count = int(config.get("num_train_timesteps", 1000))
-        start, end = float(config.get("beta_start", 1e-4)), float(config.get("beta_end", 0.02))
+        count = _number(config, "num_train_timesteps", 1000)
+        start, end = _number(config, "beta_start", 1e-4), _number(config, "beta_end", 0.02)
+        if not 1 <= count <= 100_000 or not 0 < start <= end < 1:
+            raise ValueError(
+                "num_train_timesteps must lie in 1..100000, and 0 < beta_start <= beta_end < 1, got "
+                f"{count:g}, {start:g} and {end:g}"
+            )
+        count = int(count)
         kind = config.get("beta_schedule", "linear")
         if kind == "scaled_linear":
             betas = torch.linspace(start**0.5, end**0.5, count, dtype=torch.float64).square()
@@ -114,7 +127,7 @@ class Ddim:
         else:
             raise ValueError(f"beta_schedule must be linear or scaled_linear, got {kind!r}")
         alphas = (1 - betas).cumprod(0)
-        shift = float(config.get("snr_shift_scale", 1.0))
+        shift = _number(config, "snr_shift_scale", 1.0)
         alphas = alphas / (shift + (1 - shift) * alphas)
         if config.get("rescale_betas_zero_snr"):  # arXiv 2305.08891, algorithm 1
             roots = alphas.sqrt()
@@ -124,7 +137,7 @@ class Ddim:
             last_alpha=1.0 if config.get("set_alpha_to_one", True) else float(alphas[0]),
             prediction=config.get("prediction_type", "epsilon"),
             spacing=config.get("timestep_spacing", "leading"),
-            offset=int(config.get("steps_offset", 0)),
+            offset=int(_number(config, "steps_offset", 0)),
         )
 
     def sigmas(self, steps: int) -> Tensor:

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from . import wan_encoder_keys, wan_keys, wan_vae_keys
-from .files import find_weights, read_json
+from .files import WeightFileError, find_weights, read_json
 from .loading import (
     Loader,
     build_clip_vision,
@@ -74,12 +74,16 @@ def _expert_folders(folder: Path) -> list[Path]:
 
 
 def _diffusers_parts(folder: Path) -> Parts:
-    index = read_json(folder / "model_index.json")
-    scheduler = read_json(folder / "scheduler" / "scheduler_config.json")
-    names = {"transformer": "transformer"}
-    if (index.get("transformer_2") or [None])[0] is not None:
+    places = folder / "model_index.json", folder / "scheduler" / "scheduler_config.json"
+    index, scheduler = map(read_json, places)
+    names, second = {"transformer": "transformer"}, index.get("transformer_2")
+    if isinstance(second, list) and second[:1] not in ([], [None]):
         names = dict(zip(EXPERTS, ("transformer", "transformer_2"), strict=True))
     shift = scheduler.get("flow_shift", scheduler.get("shift"))
+    boundary = index.get("boundary_ratio")
+    for path, name, value, most in zip(places, ("boundary_ratio", "shift"), (boundary, shift), (1, 1000), strict=True):
+        if value is not None and not (isinstance(value, (int, float)) and 0 < value <= most):
+            raise WeightFileError(f"the {name} in {path} must lie above 0 and at most at {most}, got {value!r}")
     return Parts(
         denoisers={
             expert: component(folder / name, DIFFUSION_FILE, build_transformer, keep_float32=FLOAT32_PARTS)
@@ -91,7 +95,7 @@ def _diffusers_parts(folder: Path) -> Parts:
         tokenizer=lambda: load_tokenizer(folder / "tokenizer"),
         text_files=text_files(find_weights(folder / "text_encoder", "model"), folder / "tokenizer"),
         shift=None if shift is None else float(shift),
-        boundary=index.get("boundary_ratio"),
+        boundary=boundary,
         start_in_latents=bool(index.get("expand_timesteps")),
     )
 
