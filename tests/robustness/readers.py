@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -162,7 +163,8 @@ def _checkpoint() -> Reader:
 
 
 def _models() -> Iterator[Reader]:
-    for case in {case.family: case for case in cases()}.values():
+    kinds = {(case.family, re.search("[a-z]+", case.layout)[0]): case for case in cases()}  # of layout: its first word
+    for case in kinds.values():
 
         def read(folder: Path, case=case) -> None:
             load_video_model(case.source(folder), dtype="float32", text=False)
