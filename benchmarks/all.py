@@ -49,8 +49,6 @@ def module(name: str) -> str:
 
 def run(name: str, quick: bool, folder: Path) -> int:
     arguments = ["--json", str(folder / f"{name}.json"), *(["--quick"] if quick else [])]
-    if name == "guards":
-        arguments = ["--output", str(HERE / "guards")]
     print(f"\n--- {name}", flush=True)
     return subprocess.run([sys.executable, "-m", module(name), *arguments], check=False).returncode
 
@@ -60,12 +58,12 @@ def document(folder: Path = RESULTS) -> str:
     parts = [PREFACE]
     for name, title in TITLES.items():
         file = folder / f"{name}.json"
-        if name == "guards" and not file.is_file():
-            file = HERE / "guards.json"
         if not file.is_file() and name != "robustness" and not (HERE / f"{name}.py").is_file():
             continue
         record = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
         parts.append(f"## {title}\n\n{section(record) if record else f'Not measured. `python -m {module(name)}`'}\n")
+        if file.with_suffix(".png").is_file():
+            parts.append(f"![{title}]({RESULTS.name}/{name}.png)\n")
     return "\n".join(parts)
 
 

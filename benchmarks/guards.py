@@ -1,83 +1,79 @@
-"""What guards are for: long runs on the built-in model, what the truth says of them, and what the guards would keep.
+"""What guards are for: long runs on the built-in model, what the truth says of them, and what the guards keep.
 
-    python -m reward_lora.benchmarks.guards --output benchmarks/guards [--runs RUNS] [--only seeds careful heldout cost]
+    python -m reward_lora.benchmarks.guards [--runs RUNS] [--only seeds heldout careful cost] [--quick] [--json FILE]
 
-The recipe of the built-in model is trained for longer than is good: half its learning rate, constant, until the
-oracle of the world, which reads off the evaluation clips what they really show, has found harm three times in a row.
-The preset ``standard`` changes no step (``tests/test_guards.py``), so it is put before the evaluations of that run:
-where it stops and what it keeps is what it would have stopped at and kept.
+``seeds``: the recipe of the built-in model is trained for longer than is good: half its rate, which does not fall. The
+oracle of the world reads off the evaluation clips what they really show; no guard sees that. ``standard`` is in force
+from the first step. Where it stops the run, it goes on without guards, which is the run that never had any, for
+``standard`` changes no step (``tests/test_guards.py``). All end when the oracle has found harm three times in a row.
 
-One of these runs is made again from a checkpoint on with ``careful``, which changes steps. ``heldout`` trains towards
-motion, which is easily overdone, with the tiny CLIP as a judge that is not trained on; there ``standard`` is in
-force, its report is quoted, and the run is then continued without guards. ``cost`` times the presets, step by step in
-turn, in seconds of the processor, so that other work on the machine does not count. Every part is kept in the JSON as
-it ends, and a run that was interrupted goes on.
+``heldout`` does the same towards motion, which is easily overdone, with the tiny CLIP as a judge that is not trained
+on. ``careful`` makes the end of a run again with the preset that changes steps. ``cost`` times the presets, step by
+step in turn, in seconds of the processor, so that other work on the machine does not count.
+
+A run that was interrupted goes on in the same ``--runs``. Of parts that are not made the figures in FILE stay. The
+picture goes beside FILE.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
 import shutil
 import sys
 import tempfile
-import time
-from collections.abc import Sequence
+from collections.abc import Mapping
 from contextlib import closing
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
-from ..assets import PROMPTS_TEST, PROMPTS_TRAIN, oracle
+from ..assets import oracle
 from ..cli.shared import read_recipe
 from ..files import canonical_json, read_safetensors, write_safetensors, write_text
-from ..reward_models import load_reward
-from ..training.checkpoint import PATTERN
+from ..lora.adapter import LoraUse, applied
+from ..lora.files import read_lora
+from ..training.checkpoint import PATTERN, list_checkpoints
 from ..training.config import TrainConfig
-from ..training.guards import PRESETS, Guards, Reading
+from ..training.guards import Reading
 from ..training.media import figure_pixels, write_png
-from ..training.prompts import read_prompts
 from ..training.run_log import RunLog, advice
 from ..training.trainer import Trainer
 from ..video_models import load_video_model
+from .common import Result, Table, command
+from .guards_cost import cost, trainer
 
 CLIPS = 64
 EVERY = 20
 LONG = {"learning_rate": 4e-3, "lr_schedule": "constant", "sample_count": CLIPS, "sample_every": EVERY,
-        "save_every": EVERY, "keep_checkpoints": 1000}  # fmt: skip
+        "save_every": EVERY}  # fmt: skip
 HARMED = 3
 """Evaluations with harm in a row, after which a run need not be made worse."""
 FLOOR, LOSS = 0.9, 0.1
 """Harm: true motion under this share of the base model's, or true accuracy this much under its best."""
-FORKED, FORK, FORK_END = 2, 200, 300
-"""Seed of the run that is made again with ``careful``, from which step on, to which."""
+NEAR = 0.02
+"""How far under the run's best accuracy what the guards keep may be."""
 OVERDONE = {"reward": "dynamic_degree", "heldout": ["tiny_clip"], "judged_frames": 0, "lr_schedule": "constant",
-            "steps": 60, "sample_count": 24, "sample_every": 10, "save_every": 10, "keep_checkpoints": 1000,
-            "seed": 1}  # fmt: skip
+            "steps": 60, "sample_count": 24, "sample_every": 10, "save_every": 10, "seed": 1}  # fmt: skip
 """The run with a held-out judge: towards motion, at the recipe's learning rate."""
+CAREFUL = {"keep_checkpoints": 1000, "patience": 0, "seed": 2, **LONG}
+FORK, FORK_END = 200, 300
+"""From which step on ``careful`` is in force, to which."""
 COST_STEPS = 40
-PARTS = ("seeds", "careful", "heldout", "cost")
+PROMPTS = (4, 16, 64)
+"""How many of an evaluation's clips its standard errors are told for."""
+PARTS = ("seeds", "heldout", "careful", "cost")
+
+Evaluations = list[dict[str, Any]]
 
 
-def trainer(
-    folder: Path, model: Any, reward: str = "tiny_clip", heldout: Sequence[str] = (), **settings: Any
-) -> Trainer:
-    """The built-in recipe with other settings."""
-    config = TrainConfig.from_dict(read_recipe("builtin")["config"] | settings)
-    prompts, unseen = read_prompts(PROMPTS_TRAIN), read_prompts(PROMPTS_TEST)
-    judges = [load_reward(name) for name in heldout]
-    return Trainer(model, load_reward(reward), prompts, config, folder, sample_prompts=unseen, heldout=judges)
-
-
-def evaluations(run: Trainer, until_harm: bool = True) -> list[dict[str, Any]]:
-    """Every evaluation of a run, until it has done harm or to its end, also those that an earlier call made."""
+def evaluations(run: Trainer, until_harm: bool = False) -> Evaluations:
+    """Every evaluation of a run to its end, or until it has done harm, also those that an earlier call made."""
     path = run.folder / "evaluations.json"
     found = json.loads(path.read_text()) if path.exists() else []
-    if found and (found[-1]["step"] >= run.config.steps or (until_harm and harmed(found))):
+    if until_harm and harmed(found):
         return found
     with closing(iter(run)) as events:
         for event in events:
@@ -88,12 +84,12 @@ def evaluations(run: Trainer, until_harm: bool = True) -> list[dict[str, Any]]:
                 write_text(path, json.dumps(found))
                 print(f"  step {event.step:3} reward {seen.reward:.3f} motion {seen.findings['motion']:.2f} "
                       f"true accuracy {truth['all']:.3f} true motion {truth['motion']:.2f} px", flush=True)  # fmt: skip
-                if until_harm and harmed(found):
+                if until_harm and harmed(found) and not event.stop:  # a run that stops itself also ends itself
                     break
     return found
 
 
-def harmed(found: list[dict[str, Any]]) -> bool:
+def harmed(found: Evaluations) -> bool:
     """Whether a run has gone on for long enough: its last evaluations show harm, all of them."""
     count, best = 0, 0.0
     for e in found:
@@ -103,21 +99,9 @@ def harmed(found: list[dict[str, Any]]) -> bool:
     return count >= HARMED
 
 
-def guarded(found: list[dict[str, Any]], preset: str, reward: str, clips: int = CLIPS) -> dict[str, Any]:
-    """Where a preset's guards stop and what they keep, by the first so many clips of every evaluation."""
-    guards = Guards(PRESETS[preset]["patience"], PRESETS[preset]["motion_floor"], reward, [])
-    for e in found:
-        r = e["reading"]
-        cut = {name: values[:clips] for name, values in r["heldout"].items()}
-        now = Reading(e["step"], r["reward"][:clips], cut, r["motion"][:clips], r["sharpness"][:clips])
-        if guards.observe(now).stop:
-            break
-    return {"kept": guards.best.step, "stopped_at": guards.last if guards.stopped else None, "stop": guards.stopped}
-
-
-def told(found: list[dict[str, Any]], steps: Sequence[int]) -> dict[str, float]:
+def told(found: Evaluations, chosen: Evaluations) -> dict[str, float]:
     """The mean over evaluations: gain of the reward, true accuracy, true motion relative to the base model's."""
-    base, chosen = found[0], [e for e in found if e["step"] in steps]
+    base = found[0]
     return {
         "reward_gain": float(np.mean([e["reward"] for e in chosen])) - base["reward"],
         "accuracy": float(np.mean([e["truth"]["all"] for e in chosen])),
@@ -130,198 +114,250 @@ def records(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
 
 
-def said(folder: Path) -> list[str]:
-    """What the report of a run advises."""
-    return advice(RunLog.of(records(folder)), folder.name)[1]
+def kept(run: Trainer, found: Evaluations) -> dict[str, Any]:
+    """What the oracle sees in the best LoRA's file, or if there is none in the base model's clips."""
+    if not run.kept_paths:
+        return found[0]
+    with applied(run.model, [LoraUse(read_lora(path), 1.0) for path in run.kept_paths]):
+        seen = run.evaluate()
+    return {"reward": seen.reward, "truth": oracle.mean_scores(oracle.judge(seen.frames, list(seen.prompts)))}
 
 
-def summed_up(found: list[dict[str, Any]], reward: str, clips: int) -> dict[str, Any]:
-    """What ``standard`` makes of an unguarded run, and what the run itself came to."""
-    standard = guarded(found, "standard", reward, clips)
-    until = [e for e in found if standard["stopped_at"] is None or e["step"] <= standard["stopped_at"]]
-    best = max(until, key=lambda e: (e["truth"]["all"], e["truth"]["motion"]))["step"]
-    last = [e["step"] for e in found[-HARMED:]]
-    result = {
-        "standard": standard | told(found, [standard["kept"]]),
-        "standard_by_16_clips": guarded(found, "standard", reward, 16),
-        "best_until_the_stop": {"step": best} | told(found, [best]),
-        "unguarded": {"steps": last} | told(found, last),
-        "evaluations": [{k: v for k, v in e.items() if k != "reading"} for e in found],
-    }
-    print(json.dumps({k: v for k, v in result.items() if k != "evaluations"}, indent=1), flush=True)
-    return result
+def long_run(folder: Path, model: Any, until_harm: bool = True, **settings: Any) -> dict[str, Any]:
+    """A run with ``standard``, and what it would have become without."""
+    run = trainer(folder, model, guards="standard", **settings)
+    found = evaluations(run, until_harm)
+    log = RunLog.of(records(folder))
+    looks = [r for r in log.evaluations if r["guards"].get("gentler")]
+    stop, whole = next((r["stop"] for r in log.steps if r["stop"]), ""), found
+    if stop:
+        whole = evaluations(trainer(continued(folder), model, guards="off", **settings), until_harm)
+    best = max(found, key=lambda e: (e["truth"]["all"], e["truth"]["motion"]))
+    last = whole[-HARMED:]
+    return {
+        "steps": settings["steps"],
+        "base": told(found, found[:1]),
+        "standard": {
+            "step": log.best or 0,
+            "strength": log.strength,
+            "ended_at": found[-1]["step"],
+            "stop": stop,
+            "looks_at_lower_strength": len(looks),
+            "evaluations": len(found),
+            "says": advice(log, folder.name)[1],
+            **told(found, [kept(run, found)]),
+        },
+        "best_of_the_guarded_run": {"step": best["step"], **told(found, [best])},
+        "unguarded": {"steps": [e["step"] for e in last], "harmed": harmed(whole), **told(whole, last),
+                      "best_accuracy": max(e["truth"]["all"] for e in whole)},
+        "standard_error": {str(n): doubt(whole, n) for n in PROMPTS if n <= settings["sample_count"]},
+        "whole": [{name: e[name] for name in ("step", "reward", "truth")} for e in whole],
+    }  # fmt: skip
 
 
-def forked(folder: Path, step: int, new: Path, config: TrainConfig) -> Path:
-    """A new run that goes on from a checkpoint of another one with other settings, which a run itself refuses."""
+def doubt(found: Evaluations, clips: int) -> dict[str, float]:
+    """Standard errors that so many clips leave the reward's gain and motion / base, the mean over the evaluations."""
+    base, errors = found[0]["reading"], {"reward": [], "motion": []}
+    for reading in (e["reading"] for e in found[1:]):
+        for first in range(0, len(base["motion"]) - clips + 1, clips):
+            part = slice(first, first + clips)
+            for name in errors:
+                now, was = np.array(reading[name][part]), np.array(base[name][part])
+                share, unit = (now.mean() / was.mean(), was.mean()) if name == "motion" else (1.0, 1.0)
+                errors[name].append(float(np.std(now - share * was, ddof=1)) / clips**0.5 / unit)
+    return {name: float(np.mean(values)) for name, values in errors.items()}
+
+
+def met(run: Mapping[str, Any]) -> bool:
+    """Without guards the reward rises and the truth falls; with ``standard`` the truth is near its best and moves."""
+    free, held, best = run["unguarded"], run["standard"], run["best_of_the_guarded_run"]
+    hacked = free["reward_gain"] > 0 and free["harmed"]
+    return hacked and held["accuracy"] >= best["accuracy"] - NEAR and held["motion"] >= FLOOR
+
+
+def continued(folder: Path, step: int | None = None, name: str = "free", config: TrainConfig | None = None) -> Path:
+    """A new run that goes on from a checkpoint of another one, the newest if no step is given.
+
+    With a config it goes on with other settings, which a run itself refuses.
+    """
+    new = folder.with_name(f"{folder.name}-{name}")
     if not new.exists():
         new.mkdir(parents=True)
-        tensors, metadata = read_safetensors(folder / PATTERN.format(step))
-        identity = json.loads(metadata["identity"]) | config.decisive()
-        write_safetensors(new / PATTERN.format(step), tensors, metadata | {"identity": canonical_json(identity)})
+        checkpoint = folder / PATTERN.format(step) if step else list_checkpoints(folder)[-1]
+        tensors, metadata = read_safetensors(checkpoint)
+        identity = json.loads(metadata["identity"]) | (config.decisive() if config else {})
+        write_safetensors(new / checkpoint.name, tensors, metadata | {"identity": canonical_json(identity)})
         shutil.copy(folder / "log.jsonl", new)
         shutil.copytree(folder / "samples", new / "samples")
         found = json.loads((folder / "evaluations.json").read_text())
-        write_text(new / "evaluations.json", json.dumps([e for e in found if e["step"] <= step]))
+        write_text(new / "evaluations.json", json.dumps([e for e in found if not step or e["step"] <= step]))
     return new
 
 
-def careful_run(model: Any, folder: Path) -> dict[str, Any]:
-    """An unguarded run from :data:`FORK` on with ``careful`` instead, beside what it was without."""
-    settings = {"steps": FORK_END, "guards": "careful", "seed": FORKED, "patience": 0, **LONG}
-    config = TrainConfig.from_dict(read_recipe("builtin")["config"] | settings).for_model(model.spec)
-    new = forked(folder, FORK, folder.with_name(f"{folder.name}-careful"), config)
-    found = evaluations(trainer(new, model, **settings), until_harm=False)
-    plain = [e for e in json.loads((folder / "evaluations.json").read_text()) if e["step"] <= FORK_END]
-    last, later = [e["step"] for e in found[-HARMED:]], [e["step"] for e in found if e["step"] > FORK]
-    kept = guarded(found, "careful", "tiny_clip")
-    return {
-        "seed": FORKED,
-        "from_step": FORK,
-        "later_steps": later,
-        "careful": {"all": told(found, later), "last": told(found, last), "kept": kept | told(found, [kept["kept"]])},
-        "off": {"all": told(plain, later), "last": told(plain, last)},
-        "evaluations": [{k: v for k, v in e.items() if k != "reading"} for e in found if e["step"] >= FORK],
-    }
+def careful_run(folder: Path, model: Any) -> dict[str, Any]:
+    """An unguarded run, and from :data:`FORK` on with ``careful`` instead."""
+    settings = {"steps": FORK_END, **CAREFUL}
+    plain = evaluations(trainer(folder, model, guards="off", **settings))
+    config = TrainConfig.from_dict(read_recipe("builtin")["config"] | settings | {"guards": "careful"})
+    new = continued(folder, FORK, "careful", config.for_model(model.spec))
+    found = evaluations(trainer(new, model, guards="careful", **settings))
+    after = {name: [e for e in run if e["step"] > FORK] for name, run in (("off", plain), ("careful", found))}
+    return {"seed": CAREFUL["seed"], "from_step": FORK, "to_step": FORK_END,
+            **{name: told(plain, chosen) for name, chosen in after.items()}}  # fmt: skip
 
 
-class Clock:
-    """Processor seconds inside of methods, by what they are for."""
-
-    def __init__(self) -> None:
-        self.spent: dict[str, float] = {}
-
-    def watch(self, owner: Any, method: str, name: str) -> None:
-        """Count what a method of an object takes from now on."""
-        call = getattr(owner, method)
-
-        def timed(*arguments: Any, **named: Any) -> Any:
-            began = time.process_time()
-            try:
-                return call(*arguments, **named)
-            finally:
-                self.spent[name] = self.spent.get(name, 0.0) + time.process_time() - began
-
-        setattr(owner, method, timed)
-
-
-def cost(folder: Path, steps: int) -> dict[str, Any]:
-    """Processor seconds a step of the built-in recipe, evaluations included; the presets take turns step by step.
-
-    ``nothing`` is ``off`` without evaluations, so what guards look at counts as their cost in full; ``off`` looks at
-    the same but for a held-out judge, and only reports. The sweep at the end of a run is timed for itself.
-    """
-    variants: dict[str, dict[str, Any]] = {
-        "nothing": {"guards": "off", "sample_every": 0},
-        "off": {"guards": "off"},
-        "standard": {"guards": "standard", "heldout": ["dynamic_degree"]},
-        "careful": {"guards": "careful", "heldout": ["dynamic_degree"]},
-    }
-    clocks, streams = {name: Clock() for name in variants}, {}
-    times: dict[str, list[float]] = {name: [] for name in variants}
-    for name, settings in variants.items():  # every run has its own model: LoRAs of several runs would meet in one
-        run = trainer(folder / name, load_video_model("builtin"), steps=steps, save_every=steps, **settings)
-        clocks[name].watch(run, "evaluate", "evaluations")
-        clocks[name].watch(run.files, "write_samples", "sample videos")
-        clocks[name].watch(run.files, "draw", "report and curve")
-        streams[name] = iter(run)
-        next(streams[name])  # loading, and the base model's evaluation
-        clocks[name].spent.clear()
-    for _ in range(steps):
-        for name, stream in streams.items():
-            began = time.process_time()
-            next(stream)
-            times[name].append(time.process_time() - began)
-    spent = {name: dict(clock.spent) for name, clock in clocks.items()}
-    result: dict[str, Any] = {}
-    plain = float(np.mean(times["nothing"]))
-    for name, values in times.items():
-        began = time.process_time()
-        list(streams[name])
-        result[name] = {
-            "median": float(np.median(values)),
-            "quartiles": [float(np.quantile(values, q)) for q in (0.25, 0.75)],
-            "mean": float(np.mean(values)),
-            "times_nothing": float(np.mean(values)) / plain,
-            "of_which_a_step": {part: seconds / steps for part, seconds in spent[name].items()},
-            "end_of_run": time.process_time() - began,
-        }
-    return result | {"steps": steps, "sample_every": EVERY, "what": "processor seconds a step"}
-
-
-def draw(seeds: dict[str, dict[str, Any]]) -> np.ndarray:
+def draw(seeds: Mapping[str, Mapping[str, Any]]) -> np.ndarray:
     """Reward, true accuracy and true motion over the steps; dots are what ``standard`` keeps, bars where it stops."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(11, 3.8), dpi=120)
     panels = figure.subplots(1, 3)
     measures = {
-        "trained reward (tiny CLIP)": lambda e, base: e["reward"],
-        "true: all four attributes right": lambda e, base: e["truth"]["all"],
-        "true motion / base": lambda e, base: e["truth"]["motion"] / base["truth"]["motion"],
+        "trained reward (tiny CLIP), gain": lambda told: told["reward_gain"],
+        "true: all four attributes right": lambda told: told["accuracy"],
+        "true motion / base": lambda told: told["motion"],
     }
     for axes, (title, measure) in zip(panels, measures.items(), strict=True):
         for index, (seed, run) in enumerate(seeds.items()):
-            base, standard = run["evaluations"][0], run["standard"]
-            values = {e["step"]: measure(e, base) for e in run["evaluations"]}
-            axes.plot(values.keys(), values.values(), color=f"C{index}", label=f"seed {seed}")
-            axes.plot([standard["kept"]], [values[standard["kept"]]], "o", color=f"C{index}", markersize=9)
-            if standard["stopped_at"]:
-                stop = standard["stopped_at"]
-                axes.plot([stop], [values[stop]], "|", color=f"C{index}", markersize=22, markeredgewidth=2)
+            whole, held, colour = run["whole"], run["standard"], f"C{index}"
+            values = {e["step"]: measure(told(whole, [e])) for e in whole}
+            axes.plot(values.keys(), values.values(), color=colour, label=f"seed {seed}")
+            axes.plot([held["step"]], [measure(held)], "o", color=colour, markersize=9)
+            if held["stop"]:
+                stop = held["ended_at"]
+                axes.plot([stop], [values[stop]], "|", color=colour, markersize=22, markeredgewidth=2)
         axes.set_title(title, fontsize=10)
         axes.set_xlabel("step")
         axes.grid(alpha=0.25)
     panels[2].axhline(FLOOR, color="black", linewidth=0.8, linestyle="--")
     panels[0].legend(fontsize=8)
-    figure.suptitle("built-in model trained for too long: lines without guards, dots: the step that standard keeps, "
-                    "bars: where it stops", fontsize=9)  # fmt: skip
+    figure.suptitle("built-in model trained for too long: lines without guards, dots: what standard keeps, at its "
+                    "strength, bars: where it stops", fontsize=9)  # fmt: skip
     figure.tight_layout()
     return figure_pixels(figure)
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, required=True, help="OUTPUT.json and OUTPUT.png are written")
+def percent(share: float) -> str:
+    return f"{100 * share:.1f} %"
+
+
+def tables(figures: Mapping[str, Any]) -> list[Table]:
+    """What was found, for people."""
+    found = []
+    if seeds := figures.get("seeds"):
+        free = [
+            [seed, "{}..{}".format(r["unguarded"]["steps"][0], r["unguarded"]["steps"][-1]),
+             f"{r['unguarded']['reward_gain']:+.3f}",
+             f"{percent(r['base']['accuracy'])}, {percent(r['unguarded']['best_accuracy'])}, "
+             f"{percent(r['unguarded']['accuracy'])}", f"{r['unguarded']['motion']:.2f}"]
+            for seed, r in seeds.items()
+        ]  # fmt: skip
+        columns = ("seed", "last three evaluations", "reward", "everything right: base, best, last", "motion / base")
+        title = (f"Without guards, until three evaluations in a row show harm: motion under {FLOOR:g}, or "
+                 f"{100 * LOSS:g} points less right than the best")  # fmt: skip
+        found.append(Table(columns, free, title))
+        held = [
+            [seed, f"stops at {h['ended_at']}" if h["stop"] else f"no stop in {h['ended_at']}",
+             f"step {h['step']} at {h['strength']:g}", f"{h['reward_gain']:+.3f}",
+             percent(h["accuracy"]), percent(r["best_of_the_guarded_run"]["accuracy"]), f"{h['motion']:.2f}",
+             "yes" if met(r) else "no"]
+            for seed, r in seeds.items() for h in [r["standard"]]
+        ]  # fmt: skip
+        columns = ("seed", "run", "keeps", "reward", "everything right", "best of that run", "motion / base", "met")
+        title = (f"With standard. Met: harm without it; with it at most {100 * NEAR:g} points under that run's best, "
+                 f"and motion at least {FLOOR:g}")  # fmt: skip
+        found.append(Table(columns, held, title))
+        counts = next(iter(seeds.values()))["standard_error"]
+        errors = [
+            [
+                n,
+                *(
+                    f"{np.mean([r['standard_error'][n][what] for r in seeds.values()]):.3f}"
+                    for what in ("reward", "motion")
+                ),
+            ]
+            for n in counts
+        ]
+        columns = ("prompts of an evaluation", "of the reward's gain", "of motion / base")
+        found.append(Table(columns, errors, "Standard errors, the mean over these runs"))
+    if r := figures.get("heldout"):
+        rows = [
+            [name, *(f"{part['reward_gain']:+.3f}", percent(part["accuracy"]), f"{part['motion']:.2f}")]
+            for name, part in (("base model", r["base"]), ("standard keeps", r["standard"]),
+                               (f"without guards, to step {r['steps']}", r["unguarded"]))
+        ]  # fmt: skip
+        columns = ("", "trained reward", "everything right", "motion / base")
+        found.append(Table(columns, rows, "Towards more motion (dynamic_degree), the tiny CLIP held out"))
+    if r := figures.get("careful"):
+        rows = [[name, f"{r[name]['reward_gain']:+.3f}", percent(r[name]["accuracy"]), f"{r[name]['motion']:.2f}"]
+                for name in ("off", "careful")]  # fmt: skip
+        title = f"Steps {r['from_step']} to {r['to_step']} of seed {r['seed']} at half the recipe's rate, made twice"
+        found.append(Table(("preset", "reward", "everything right", "motion / base"), rows, title))
+    if r := figures.get("cost"):
+        rows = [[name, f"{r[name]['mean']:.2f}", f"{r[name]['times_nothing']:.2f}", f"{r[name]['end_of_run']:.1f}"]
+                for name in ("nothing", "off", "standard", "careful")]  # fmt: skip
+        columns = ("preset", "processor seconds a step", "of a run without evaluations", "seconds at its end")
+        found.append(Table(columns, rows, f"Cost over {r['steps']} steps, 16 prompts every {r['sample_every']}"))
+        rows = [
+            [clips, *(f"{one[what]:.4f}" for what in ("motion", "sharpness"))] for clips, one in r["measures"].items()
+        ]
+        found.append(Table(("clips", "motion", "sharpness"), rows, "Processor seconds of what guards measure of them"))
+    return found
+
+
+def said(figures: Mapping[str, Any]) -> list[str]:
+    """What follows, and what the reports of the runs say."""
+    lines = []
+    if seeds := figures.get("seeds"):
+        count = sum(map(met, seeds.values()))
+        lines.append(f"Met for {count} of {len(seeds)} seeds. One standard error of {CLIPS} prompts is up to 6 points "
+                     "of everything right, 2 near 98 %.")  # fmt: skip
+        looks, of = (sum(r["standard"][k] for r in seeds.values()) for k in ("looks_at_lower_strength", "evaluations"))
+        lines.append(f"Standard painted {looks} of {of} evaluations a second time, at a lower strength.")
+        lines += [f"The report of seed {seed}: “{r['standard']['says'][0]}”" for seed, r in seeds.items()]
+    if r := figures.get("heldout"):
+        lines.append(f"The report of the run towards motion: “{r['standard']['says'][0]}”")
+    return lines
+
+
+def measure(options: argparse.Namespace) -> Result:
+    runs = options.runs or Path(tempfile.mkdtemp(prefix="guards-"))
+    made = ("seeds",) if options.quick else options.only
+    figures: dict[str, Any] = {}
+    if options.json and options.json.exists():
+        figures = json.loads(options.json.read_text(encoding="utf-8"))["figures"]
+    model, long = load_video_model("builtin"), LONG | {"steps": options.steps, "learning_rate": options.rate}
+    if options.quick:
+        long |= {"steps": 4, "sample_count": 4, "sample_every": 2, "save_every": 2}
+    if "seeds" in made:
+        figures["seeds"] = {}
+        for seed in options.seeds[: 1 if options.quick else None]:
+            print(f"seed {seed}", flush=True)
+            figures["seeds"][str(seed)] = long_run(runs / f"seed-{seed}", model, seed=seed, **long)
+    if "heldout" in made:
+        figures["heldout"] = long_run(runs / "heldout", model, until_harm=False, **OVERDONE)
+    if "careful" in made:
+        figures["careful"] = careful_run(runs / "careful", model)
+    if "cost" in made:
+        figures["cost"] = cost(runs / "cost", COST_STEPS, EVERY)
+    if options.json and "seeds" in figures:
+        write_png(options.json.with_suffix(".png"), draw(figures["seeds"]))
+    about = (
+        f"Built-in model, its recipe at a constant rate of {long['learning_rate']:g}, at most {long['steps']} steps; "
+        f"{long['sample_count']} unseen prompts every {long['sample_every']}; truth by the oracle of its world"
+    )
+    return Result(about, tables(figures), said(figures), figures)
+
+
+def options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--runs", type=Path, help="where the runs go and stay; else in a new temporary folder")
     parser.add_argument("--only", nargs="*", choices=PARTS, default=PARTS, help="parts to make; the others stay")
     parser.add_argument("--seeds", type=int, nargs="*", default=[1, 2, 3])
-    parser.add_argument("--steps", type=int, default=400, help="at most")
-    options = parser.parse_args()
-    options.runs = options.runs or Path(tempfile.mkdtemp(prefix="guards-"))
-    path, model = options.output.with_suffix(".json"), load_video_model("builtin")
-    result = json.loads(path.read_text()) if path.exists() else {}
-    about = {"torch": torch.__version__, "threads": torch.get_num_threads(), "processors": os.cpu_count()}
-    result |= {"settings": LONG, "clips": CLIPS, **about}
-
-    def keep(part: str, value: Any) -> None:
-        result[part] = value
-        write_text(path, json.dumps(result, indent=1) + "\n")
-
-    if "seeds" in options.only:
-        seeds = {}
-        for seed in options.seeds:
-            print(f"seed {seed}", flush=True)
-            folder = options.runs / f"seed-{seed}"
-            run = trainer(folder, model, steps=options.steps, guards="off", seed=seed, **LONG)
-            seeds[str(seed)] = summed_up(evaluations(run), "tiny_clip", CLIPS)
-            keep("seeds", seeds)
-            write_png(options.output.with_suffix(".png"), draw(seeds))
-    if "careful" in options.only:
-        keep("careful", careful_run(model, options.runs / f"seed-{FORKED}"))
-    if "heldout" in options.only:
-        folder = options.runs / "heldout"
-        if not (folder / "advice.json").exists():
-            evaluations(trainer(folder, model, **OVERDONE), until_harm=False)
-            write_text(folder / "advice.json", json.dumps(said(folder)))
-        run = trainer(folder, model, **OVERDONE | {"guards": "off"})
-        says = json.loads((folder / "advice.json").read_text())
-        sums = summed_up(evaluations(run, False), OVERDONE["reward"], OVERDONE["sample_count"])
-        keep("heldout", OVERDONE | {"standard_says": says} | sums)
-    if "cost" in options.only:
-        keep("cost", cost(options.runs / "cost", COST_STEPS))
-    return 0
+    parser.add_argument("--steps", type=int, default=800, help="at most")
+    parser.add_argument(
+        "--rate", type=float, default=LONG["learning_rate"], help="of learning, the recipe begins with 8e-3"
+    )
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(command("guards", __doc__, measure, options))
