@@ -21,7 +21,6 @@ from comfy.model_management import (
 from comfy_api.latest import io
 from comfy_execution.graph import ExecutionBlocker
 from PIL import Image
-from torch import Tensor
 
 from ..files import canonical_json
 from ..lora.adapter import LoraUse, applied
@@ -92,6 +91,7 @@ class TrainingRun:
         self.folder = self._resumable(resume) if resume else self._choose_folder(folders.check_prefix(prefix), samples)
         self.first: Evaluation | None = None
         self.last: Evaluation | None = None
+        self.shown = ""  # of which step the last evaluation is
 
     def _choose_folder(self, prefix: Path, samples: list[Example]) -> Path:
         """The same settings always meet the same folder, and so their own checkpoint."""
@@ -138,11 +138,12 @@ class TrainingRun:
                 trainer = self._workers(trainer, device, cache, progress)
             made, seconds, skipped = self._follow(trainer, progress)
             paths = trainer.result_paths
-            if paths != list(trainer.lora_paths.values()):
-                self.last = None  # that of the best step is painted instead
+            best = paths != list(trainer.lora_paths.values())
+            if best:
+                self.last = None
             loras = [read_lora(path).in_memory() for path in paths]
-            before, after = self._clips(trainer, loras)
-        curve, picture = trainer.files.curve(), self._picture(trainer, f"step {config.steps}", before, after)
+            self._complete(trainer, loras, "best step" if best else "after")
+        curve, picture = trainer.files.curve(), self._picture(trainer)
         overview = write_png(self.folder / "overview.png", picture)
         summary = self._summary(made, seconds, skipped)
         progress.finish(picture, summary)  # the last live preview stays on the node
@@ -154,8 +155,8 @@ class TrainingRun:
         return io.NodeOutput(
             loras[0],
             picture_to_image(curve),
-            to_images(before),
-            to_images(after),
+            to_images(self.first.frames[:SHOWN]),
+            to_images(self.last.frames[:SHOWN]),
             summary,
             loras[1] if len(loras) > 1 else ExecutionBlocker(None),
             folders.listed(overview)[0]["subfolder"],
@@ -185,36 +186,34 @@ class TrainingRun:
                     skipped += bool(event.skipped)
                     if event.evaluation:
                         self.first = self.first if event.step else event.evaluation
-                        self.last = event.evaluation
+                        self.last, self.shown = event.evaluation, f"step {event.step}"
                     picture = None
                     if event.evaluation or seconds - drawn > REDRAW:
-                        picture, drawn = self._picture(trainer, f"step {event.step}"), seconds
+                        picture, drawn = self._picture(trainer), seconds
                     progress.follow(event, picture)
         except InterruptProcessingException:
             progress.say("cancelled; what was learned is saved, and running the same settings again goes on from there")
             raise
         return made, seconds, skipped
 
-    def _clips(self, trainer: Trainer, loras: Sequence[LoraFile]) -> tuple[Tensor, Tensor]:
-        """The shown samples without and with what was learned; painted now if a resumed run did not."""
-        before = self.first or trainer.evaluate()
-        after = self.last
-        if after is None or after is self.first:
+    def _complete(self, trainer: Trainer | Workers, loras: Sequence[LoraFile], label: str) -> None:
+        """Paint the samples without and with what was learned, where the run did not."""
+        self.first = self.first or trainer.evaluate()
+        if self.last is None or self.last is self.first:
             with applied(self.loaded.model, [LoraUse(lora, 1.0) for lora in loras]):
-                after = trainer.evaluate()
-        return before.frames[:SHOWN], after.frames[:SHOWN]
+                self.last, self.shown = trainer.evaluate(), label
 
-    def _picture(self, trainer: Trainer, label: str, before: Tensor | None = None, after: Tensor | None = None):
+    def _picture(self, trainer: Trainer | Workers) -> np.ndarray:
         """The reward curve over the samples before and now, ``[H, W, 3]`` uint8."""
-        curve = trainer.files.curve()
-        before = before if before is not None else self.first and self.first.frames[:SHOWN]
-        after = after if after is not None else self.last and self.last.frames[:SHOWN]
-        rows = [(name, clips) for name, clips in (("before", before), (label, after)) if clips is not None]
+        curve, rows = trainer.files.curve(), {}
+        if self.first:
+            rows["before"] = self.first.frames[:SHOWN]
+        if self.last and self.last is not self.first:
+            rows[self.shown] = self.last.frames[:SHOWN]
         if not rows:
             return curve
-        shown = zip(self.samples[:SHOWN], self._scores(), strict=False)
-        labels = [f"{sample.prompt} {scores}" for sample, scores in shown]
-        sheet = contact_sheet([clips for _, clips in rows], [name for name, _ in rows], labels)
+        labels = [f"{sample.prompt} {scores}" for sample, scores in zip(self.samples, self._scores(), strict=False)]
+        sheet = contact_sheet(list(rows.values()), list(rows), labels[:SHOWN])
         height = round(sheet.shape[0] * curve.shape[1] / sheet.shape[1])
         sheet = np.asarray(Image.fromarray(sheet).resize((curve.shape[1], height), Image.Resampling.LANCZOS))
         return np.concatenate([curve, sheet])
@@ -223,9 +222,7 @@ class TrainingRun:
         """Of every sample, before and now."""
         found = [self.first.rewards] if self.first else []
         found += [self.last.rewards] if self.last and self.last is not self.first else []
-        return [f"({' -> '.join(f'{r:.3f}' for r in rewards)})" for rewards in zip(*found, strict=True)] or [
-            "" for _ in self.samples
-        ]
+        return [f"({' -> '.join(f'{r:.3f}' for r in rewards)})" for rewards in zip(*found, strict=True)]
 
     def _records(self) -> list[dict]:
         lines = (self.folder / "log.jsonl").read_text(encoding="utf-8").splitlines()

@@ -47,8 +47,5 @@ def layer_names(family: str, plain: Collection[str]) -> dict[str, str]:
     else:
         return {}
     original = original_name(family.lower())
-    return {name: original(name) for name, module in network.named_modules() if _has_weight(module)}
-
-
-def _has_weight(module) -> bool:
-    return getattr(module, "weight", None) is not None
+    named = (name for name, module in network.named_modules() if getattr(module, "weight", None) is not None)
+    return {name: original(name) for name in named}
