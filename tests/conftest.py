@@ -18,6 +18,12 @@ from .reward_checkpoints import OPEN_CLIP, write_all
 FIXTURES = Path(__file__).parent / "fixtures"
 
 
+def pytest_collection_modifyitems(items):
+    """Modules with slow tests come first: one that was begun last would leave the other processors idle."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
+
+
 @pytest.fixture(autouse=True)
 def log_levels_are_left_alone():
     """Fails a test after which the package's loggers say more or less to the tests that follow."""
@@ -48,7 +54,7 @@ def reward():
 
 @pytest.fixture
 def config():
-    """Four quick steps that train something."""
+    """Four quick steps that train something, without the strengths that are painted at a run's end."""
     return TrainConfig(
         steps=4,
         batch_size=2,
@@ -59,6 +65,7 @@ def config():
         save_every=2,
         sample_every=2,
         sample_count=2,
+        sweep=False,
         save_dtype="float32",
     )
 

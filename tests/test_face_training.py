@@ -62,7 +62,7 @@ def test_rolls_recipe_trains_on_a_clip_with_a_face(models, pack, tmp_path):  # n
     """Its schedule, expert, anchor and objective; one batch a step, small pictures, and a LoRA of rank 2."""
     (tmp_path / "data").mkdir()
     recipe = TrainConfig.from_dict(read_recipe("wan2.2-i2v-a14b-face")["config"])
-    config = replace(recipe, **SIZE, steps=2, accumulation=1, rank=2, sample_every=2, sample_count=1)
+    config = replace(recipe, **SIZE, steps=2, accumulation=1, rank=2, sample_every=2, sample_count=1, sweep=False)
     face = load_reward("face", pack)
     trainer = Trainer(models["2.2 original i2v pair"], face, dataset(tmp_path / "data", 1), config, tmp_path / "run")
     before, first, second = list(trainer)

@@ -78,7 +78,7 @@ def test_a_checkpoint_paints_learns_and_its_lora_repeats_what_was_learned(case, 
     config = TrainConfig(
         steps=3, rank=2, network_alpha=1, learning_rate=0.05, width=width, height=height, frames=frames,
         sampler_steps=3, guidance_scale=2.0, backprop=BackpropSchedule("tail", 3), sample_every=3, sample_count=1,
-        save_dtype="float32",
+        sweep=False, save_dtype="float32",
     )  # fmt: skip
     trainer = Trainer(model, ToyReward(), [PROMPT], config, tmp_path / "run")
     events = list(trainer)

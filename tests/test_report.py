@@ -253,7 +253,7 @@ def test_previews_move_and_are_small(tmp_path):
 
 
 def test_a_run_writes_its_report_as_it_goes(wan, config, tmp_path):
-    trainer = Trainer(wan, ToyReward(), ["one", "two"], config, tmp_path / "run")
+    trainer = Trainer(wan, ToyReward(), ["one", "two"], replace(config, sweep=True), tmp_path / "run")
     shown = []
     for event in trainer:
         if event.evaluation:
