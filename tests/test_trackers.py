@@ -6,6 +6,7 @@ import builtins
 import importlib.util
 import io
 import json
+import time
 from contextlib import closing
 from dataclasses import replace
 
@@ -78,9 +79,13 @@ def test_weights_and_biases_offline(wan, reward, config, tmp_path, monkeypatch):
             if event.step == 2:
                 break
     events += list(Trainer(wan, reward, PROMPTS, config, trainer.folder))
-    (identity,) = {path.parent.name.rpartition("-")[2] for path in trainer.folder.glob("wandb/offline-run-*/*.wandb")}
-    assert identity == (trainer.folder / "wandb_run_id.txt").read_text()
-    history, exits, project = read_wandb(sorted(trainer.folder.glob("wandb/offline-run-*/*.wandb")))
+    files = sorted(trainer.folder.glob("wandb/offline-run-*/*.wandb"))
+    identity = (trainer.folder / "wandb_run_id.txt").read_text()
+    assert [path.name for path in files] == [f"run-{identity}.wandb"] * 2
+    deadline = time.monotonic() + 120
+    while len(read_wandb(files)[1]) < 2 and time.monotonic() < deadline:  # its own process still writes
+        time.sleep(0.1)
+    history, exits, project = read_wandb(files)
     rewards = {row["step"]: row["train/reward"] for row in history if "train/reward" in row}
     assert rewards == {e.step: pytest.approx(e.reward) for e in events[1:]}
     assert {row["step"] for row in history if "evaluation/reward" in row} == {0, 2, 4}
@@ -116,10 +121,12 @@ def leveldb_log(content):
         if left < 7:
             place += left
             continue
-        length, kind = int.from_bytes(content[place + 4 : place + 6], "little"), content[place + 6]
+        length, kind = int.from_bytes(content[place + 4 : place + 6], "little"), content[place + 6 : place + 7]
+        if not kind or place + 7 + length > len(content):  # not yet written to its end
+            return
         record += content[place + 7 : place + 7 + length]
         place += 7 + length
-        if kind in (1, 4):
+        if kind in (b"\x01", b"\x04"):
             yield record
             record = b""
 
