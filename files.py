@@ -13,6 +13,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from .garbage import garbage_freed
+
 MAX_HEADER = 16 << 20
 """Bytes. A header of the largest models takes 1 MB; reading one may take thirty times its size."""
 
@@ -147,6 +149,7 @@ def write_safetensors(path: Path | str, tensors: Mapping[str, Tensor], metadata:
 
     tensors = {key: tensors[key].contiguous() for key in sorted(tensors)}
 
+    @garbage_freed()
     def write(target: Path) -> None:
         save_file(tensors, target, metadata=dict(metadata) or None)  # it garbles a file of neither
         _sort_header(target)

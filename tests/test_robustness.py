@@ -5,6 +5,7 @@ import gc
 import pytest
 import torch
 from reward_lora.benchmarks.common import fresh
+from reward_lora.files import write_safetensors
 from reward_lora.tests.robustness.fuzz import Found, Reader, fuzz
 from reward_lora.tests.robustness.interrupts import cancel, soak
 from reward_lora.tests.robustness.readers import readers
@@ -58,25 +59,26 @@ SWEEP = Sweep(
     tuple(SweepPoint(strength, {"r": (strength, 2.0)}, (1.0, 1.0), torch.empty(0)) for strength in (0.0, 1.0)),
     ("r",),
 )
-DRAWN = {
-    "curve": lambda: reward_curve([(1, 0.5), (2, 0.6)], [(0, 0.1), (2, 0.7)], "a reward"),
-    "sheet": lambda: contact_sheet([CLIPS], ["before"]),
-    "sweep": lambda: sweep_plot(SWEEP),
-    "difference": lambda: difference_picture(paired_difference([0.0, 0.0], [1.0, 2.0]), "r"),
-    "frames": lambda: frame_picture({"a": [0.1, 0.2]}, {"a": 0.15}),
-    "ranking": lambda: ranking_picture([CLIPS[0]], [1.0], [0], "r"),
+MADE = {
+    "curve": lambda folder: reward_curve([(1, 0.5), (2, 0.6)], [(0, 0.1), (2, 0.7)], "a reward"),
+    "sheet": lambda folder: contact_sheet([CLIPS], ["before"]),
+    "sweep": lambda folder: sweep_plot(SWEEP),
+    "difference": lambda folder: difference_picture(paired_difference([0.0, 0.0], [1.0, 2.0]), "r"),
+    "frames": lambda folder: frame_picture({"a": [0.1, 0.2]}, {"a": 0.15}),
+    "ranking": lambda folder: ranking_picture([CLIPS[0]], [1.0], [0], "r"),
+    "weights": lambda folder: write_safetensors(folder / "a", {f"{i}": torch.zeros(1) for i in range(200)}, {}),
 }
 
 
-@pytest.mark.parametrize("draw", DRAWN.values(), ids=DRAWN.keys())
-def test_a_picture_leaves_nothing_behind(draw):
-    draw()  # what is imported or drawn once for good
+@pytest.mark.parametrize("make", MADE.values(), ids=MADE.keys())
+def test_pictures_and_weight_files_leave_nothing_behind(make, tmp_path):
+    make(tmp_path)  # what is imported or made once for good
     assert gc.isenabled()
     gc.freeze()  # all there is stays out of the count
     gc.disable()
     try:
-        draw()
-        assert gc.collect() < 100  # a figure is thousands
+        make(tmp_path)
+        assert gc.collect() < 100  # a figure is thousands, a weight file two a tensor
     finally:
         gc.enable()
         gc.unfreeze()

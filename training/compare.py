@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 import numpy as np
 from torch import Tensor
 
-from .media import figure_pixels, freed, to_uint8
+from ..garbage import garbage_freed
+from .media import figure_pixels, to_uint8
 
 RESAMPLES = 10_000
 CONFIDENCE = 0.95
@@ -77,7 +78,7 @@ def paired_difference(a: Sequence[float], b: Sequence[float]) -> PairedDifferenc
     )
 
 
-@freed
+@garbage_freed()
 def difference_picture(result: PairedDifference, reward: str) -> np.ndarray:
     """Every pair's difference as a bar, their mean as a line, its interval as a band; ``[H, W, 3]`` uint8."""
     from matplotlib.figure import Figure
@@ -100,7 +101,7 @@ def difference_picture(result: PairedDifference, reward: str) -> np.ndarray:
     return figure_pixels(figure)
 
 
-@freed
+@garbage_freed()
 def frame_picture(columns: Mapping[str, Sequence[float]], clip: Mapping[str, float]) -> np.ndarray:
     """Scores over the frames, a panel a column.
 
@@ -129,7 +130,7 @@ def frame_picture(columns: Mapping[str, Sequence[float]], clip: Mapping[str, flo
     return figure_pixels(figure)
 
 
-@freed
+@garbage_freed()
 def ranking_picture(clips: Sequence[Tensor], scores: Sequence[float], order: Sequence[int], reward: str) -> np.ndarray:
     """First, middle and last frame of every clip, best first, with place, number and score.
 

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import gc
 import io
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import wraps
 from itertools import islice
 from pathlib import Path
-from typing import ParamSpec
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from ..files import write_atomically
+from ..garbage import garbage_freed
 
 VISIBLE = 256
 """Smaller frames are enlarged to about this many pixels, each pixel a square block, in files made for the eye."""
@@ -24,7 +22,6 @@ VISIBLE = 256
 PREVIEW_SIZE = 192
 """Pixels along the longer side of a preview."""
 PREVIEW_FRAMES = 24
-P = ParamSpec("P")
 
 
 def to_uint8(frames: Tensor) -> np.ndarray:
@@ -100,29 +97,7 @@ def read_frames(path: Path | str) -> Iterator[Tensor]:
         raise ValueError(f"{path.name} holds no frames")
 
 
-def freed(draw: Callable[P, np.ndarray]) -> Callable[P, np.ndarray]:
-    """Make a function that draws free its figure when it returns.
-
-    A figure is a circle of thousands of objects around a canvas of megabytes, which Python finds only much later:
-    after dozens of evaluations of a long run. While it is drawn nothing is searched, so that all of it is still among
-    the youngest objects when they alone are: some milliseconds.
-    """
-
-    @wraps(draw)
-    def drawn(*args: P.args, **kwargs: P.kwargs) -> np.ndarray:
-        searching = gc.isenabled()
-        gc.disable()
-        try:
-            return draw(*args, **kwargs)
-        finally:
-            if searching:
-                gc.enable()
-            gc.collect(0)
-
-    return drawn
-
-
-@freed
+@garbage_freed()
 def contact_sheet(
     rows: Sequence[Tensor], row_labels: Sequence[str], column_labels: Sequence[str] = (), frame: int | str = "strip"
 ) -> np.ndarray:
@@ -176,7 +151,7 @@ class Curve:
     points: Sequence[tuple[float, ...]]
 
 
-@freed
+@garbage_freed()
 def reward_curve(
     batches: Sequence[tuple[int, float]],
     evaluations: Sequence[tuple[float, ...]],

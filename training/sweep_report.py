@@ -7,8 +7,9 @@ import io
 
 import numpy as np
 
+from ..garbage import garbage_freed
 from .compare import CONFIDENCE
-from .media import contact_sheet, figure_pixels, freed
+from .media import contact_sheet, figure_pixels
 from .sweep import Sweep
 
 
@@ -44,7 +45,7 @@ def sweep_csv(sweep: Sweep) -> str:
     return text.getvalue()
 
 
-@freed
+@garbage_freed()
 def sweep_plot(sweep: Sweep) -> np.ndarray:
     """Gain of every reward with its interval, and motion with its floor, over the strength: ``[H, W, 3]`` uint8."""
     from matplotlib.figure import Figure
