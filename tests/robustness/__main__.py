@@ -8,6 +8,7 @@ Ends with status 1 if anything happened that must not.
 from __future__ import annotations
 
 import argparse
+import shutil
 import sys
 import tempfile
 from pathlib import Path
@@ -39,7 +40,7 @@ def measure(options: argparse.Namespace) -> Result:
                 kept = Path("robustness-spoiled")
                 kept.mkdir(exist_ok=True)
                 for file in Path(place).glob(f"{number}-spoiled-*"):
-                    file.replace(kept / file.name)
+                    shutil.move(file, kept / file.name)
             told = rows[-1] if rows[-1][-1] == 0 else [wrong[-1]]
             print(*told, sep="  ", file=sys.stderr, flush=True)  # noqa: T201 - minutes pass between lines
     tables = [Table(("spoiled files of", "files", "refused in a sentence", "read all the same", "anything else"), rows)]
