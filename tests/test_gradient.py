@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 from reward_lora import cli
+from reward_lora.benchmarks.replay import PromptAlone
 from reward_lora.cli import use
 from reward_lora.lora.adapter import inject_new
 from reward_lora.selfcheck import exactness
@@ -185,13 +186,6 @@ def test_bad_schedules_say_what_is_allowed(settings, words):
 
 @pytest.mark.parametrize("coupling", [0.0, 0.5, 1.0])
 def test_through_the_prompts_branch_alone_it_is_that_of_a_graph_without_the_other(coupling):
-    class PromptOnly(Walk):
-        def predict(self, x, sigma):
-            (negative, unwanted), (positive, wanted) = self.branches(sigma)
-            with torch.no_grad():
-                kept = negative * self.model.predict(x, sigma, unwanted)
-            return kept + positive * self.model.predict(x, sigma, wanted)
-
     model = exactness.tiny_wan()
     adapter = inject_new(model.transformer, ("all-linear",), rank=2, alpha=2.0, seed=1)
     generator = torch.Generator().manual_seed(2)
@@ -204,7 +198,7 @@ def test_through_the_prompts_branch_alone_it_is_that_of_a_graph_without_the_othe
     plan = BackpropSchedule("tail", 3).draw(model.sigmas(5), 0)
     calls, reward = [], exactness.ToyReward()
     walk = Walk(model, conditioning, 3.0, tick=calls.append)
-    exactness.one_graph(PromptOnly(model, conditioning, 3.0), noise, plan, reward, Objective(), coupling)
+    exactness.one_graph(PromptAlone(model, conditioning, 3.0), noise, plan, reward, Objective(), coupling)
     reference = exactness.gradients(adapter)
     final, kept = rollout(walk, noise, plan)
     verdict = judge(walk, final, reward, [""], Objective(), View(0))
