@@ -452,6 +452,7 @@ def test_frames_are_those_the_vae_can_decode():
     [
         ("transformer/config", {"patch_size_t": 2}, "is a CogVideoX 1.5 model"),
         ("transformer/config", {"in_channels": 32}, r"takes 32 input channels; supported are 16 .*not control"),
+        ("transformer/config", {"in_channels": [32]}, r"has \[32\] input and 16 output channels; they must be whole"),
         ("scheduler/scheduler_config", {"beta_schedule": "cosine"}, "beta_schedule must be linear or scaled_linear"),
         ("scheduler/scheduler_config", {"clip_sample": True}, "clip_sample must be off"),
         ("scheduler/scheduler_config", {"beta_end": -1}, "beta_start <= beta_end < 1, got 1000, 0.00085 and -1"),

@@ -78,6 +78,9 @@ def _variant(folder: Path, config: Mapping[str, Any]) -> str:
             "2B, 5B, 5B-I2V and CogVideoX-Fun V1 and V1.1 InP"
         )
     channels, out = config.get("in_channels", 16), config.get("out_channels", 16)
+    if type(channels) is not int or type(out) is not int:
+        raise WeightFileError(f"{folder / 'transformer'} has {channels!r} input and {out!r} output channels; they must "
+                              "be whole numbers: download it again")  # fmt: skip
     index = folder / "model_index.json"
     for_images = index.is_file() and read_json(index).get("_class_name") == IMAGE_PIPELINE
     variants = {out: "text", 2 * out + 1: "inp"} | ({2 * out: "image"} if for_images else {})
