@@ -194,7 +194,7 @@ def at_input_precision(model) -> Iterator[None]:
         (layer, type(layer))
         for network in model.denoisers.values()
         for layer in network.modules()
-        if isinstance(layer, LoraLayer)
+        if isinstance(layer, LoraLayer) and not isinstance(layer, _AtInputPrecision)  # it may be called within itself
     ]
     try:
         for layer, kind in layers:

@@ -87,7 +87,8 @@ def test_a_layer_adds_every_lora_at_its_strength_in_one_rounding_each(shape):
     wanted = base.double()(x.double())
     for (down, up), strength in zip(pairs, STRENGTHS, strict=True):
         wanted = wanted + strength * x.double() @ down.double().T @ up.double().T
-    with torch.no_grad(), at_input_precision(SimpleNamespace(denoisers={"transformer": network})):
+    model = SimpleNamespace(denoisers={"transformer": network})
+    with torch.no_grad(), at_input_precision(model), at_input_precision(model):
         found = network(x)
     assert found.dtype == torch.bfloat16
     assert found.shape == wanted.shape
