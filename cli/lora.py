@@ -83,7 +83,7 @@ class Convert:
     alpha: float = 0.0
 
     def run(self) -> int:
-        lora = read_lora(self.file, self.alpha or None)
+        lora = read_lora(self.file, self.alpha or None).in_memory()  # the output may be the same file
         (matched,), names = resolve([lora], self.model)
         if matched.unmatched:
             print(f"left out, for the base model does not have them: {_listed(matched.unmatched)}")
@@ -119,8 +119,9 @@ class Merge:
         uses = [parse_lora(text) for text in self.files]
         if any((use.expert, use.start, use.end) != (AUTO, 0, 1) for use in uses):
             raise ValueError("a merged LoRA acts as one; say where with @ when it is used, not when it is merged")
-        matched, names = resolve([use.lora for use in uses], self.model)
-        parts = [(use.lora, found, use.strength) for use, found in zip(uses, matched, strict=True)]
+        loras = [use.lora.in_memory() for use in uses]  # the output may be one of the files
+        matched, names = resolve(loras, self.model)
+        parts = [(lora, found, use.strength) for lora, found, use in zip(loras, matched, uses, strict=True)]
         result, metadata, lines = merge_files(parts, self.rank, self.output.name)
         print(*lines, sep="\n", end="\n" * bool(lines))
         print(_write(self.output, result, names, metadata, self.to, self.dtype))

@@ -20,7 +20,7 @@ class Generate:
     Attributes:
         prompt: What to show; may be repeated.
         prompts: Text file, one prompt a line.
-        output_dir: Where the videos go.
+        output_dir: Where the videos go; one that is there already stays.
         model: A folder with a video model, the name of one in `models/video_models`, or `builtin`.
         download: Fetch the model into `models/video_models` if it is a published one that is not there.
         lora: PATH or PATH:STRENGTH, strength -2..2; may be repeated. Behind an @ may stand where it acts: an expert,
@@ -89,9 +89,18 @@ class Generate:
                     guidance_interval=self.guidance_interval,
                     **images,
                 )
-                path = self.output_dir / f"video-{index:03d}-seed-{self.seed + index}.mp4"
+                path = _unused(self.output_dir / f"video-{index:03d}-seed-{self.seed + index}.mp4")
                 print(write_video(path, frames[0], model.spec.fps), "|", prompt)
         return 0
+
+
+def _unused(path: Path) -> Path:
+    """The path, or with the first number from 2 on behind its name that no file has."""
+    found, count = path, 1
+    while found.exists():
+        count += 1
+        found = path.with_stem(f"{path.stem}-{count}")
+    return found
 
 
 @dataclass

@@ -132,7 +132,7 @@ def announcement(trainer: Trainer) -> list[str]:
     """What a run is going to do, in words."""
     steps, model = trainer.config.steps, trainer.model.spec.name
     return [
-        f"{steps} steps of {model} towards {trainer.reward.name}, files in {trainer.folder}",
+        f"{steps} step{'s' * (steps != 1)} of {model} towards {trainer.reward.name}, files in {trainer.folder}",
         trainer.batch_in_words,
     ]
 

@@ -157,6 +157,10 @@ def test_generate_score_inspect(capsys, tmp_path, monkeypatch):
     status, out, err = run(capsys, "generate", "--prompt", prompt, "--seed", "3", "--output-dir", "o")
     assert status == 0, err
     (video,) = (tmp_path / "o").glob("*.mp4")
+    made = video.read_bytes()
+    again = run(capsys, "generate", "--prompt", prompt, "--seed", "3", "--steps", "1", "--output-dir", "o")
+    assert "video-000-seed-3-2.mp4" in again[1]
+    assert video.read_bytes() == made
     status, out, err = run(capsys, "score", video, "--prompt", prompt)
     assert status == 0, err
     right = float(re.search(r"\| +(0\.\d{4}) \|", out)[1])
