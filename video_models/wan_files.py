@@ -13,13 +13,12 @@ from .loading import (
     build_clip_vision,
     build_t5,
     component,
-    diffusers,
     load_tokenizer,
     read_options,
     text_files,
 )
 from .wan import WanModel
-from .wan_parts import EXPERTS, FLOAT32_PARTS, Parts, assemble, build_transformer
+from .wan_parts import EXPERTS, FLOAT32_PARTS, Parts, assemble, build_transformer, build_vae
 
 LAYOUTS = (
     "model_index.json of a diffusers WanPipeline or WanImageToVideoPipeline",
@@ -89,7 +88,7 @@ def _diffusers_parts(folder: Path) -> Parts:
             expert: component(folder / name, DIFFUSION_FILE, build_transformer, keep_float32=FLOAT32_PARTS)
             for expert, name in names.items()
         },
-        vae=component(folder / "vae", DIFFUSION_FILE, diffusers("AutoencoderKLWan")),
+        vae=component(folder / "vae", DIFFUSION_FILE, build_vae),
         text_encoder=component(folder / "text_encoder", "model", build_t5),
         image_encoder=component(folder / "image_encoder", "model", build_clip_vision),
         tokenizer=lambda: load_tokenizer(folder / "tokenizer"),
@@ -149,7 +148,7 @@ def original_vae(folder: Path, stem: str) -> Loader:
     return component(
         folder,
         stem,
-        diffusers("AutoencoderKLWan"),
+        build_vae,
         read_config=wan_vae_keys.vae_config,
         convert=wan_vae_keys.convert_vae,
     )

@@ -146,6 +146,16 @@ def make_spec(
     )
 
 
+def build_vae(config: Mapping[str, Any]) -> nn.Module:
+    """``AutoencoderKLWan``."""
+    from diffusers import AutoencoderKLWan
+
+    module = AutoencoderKLWan.from_config(dict(config))
+    if not all(isinstance(halves, bool) for halves in module.config.temperal_downsample):
+        raise ValueError(f"temperal_downsample must hold true or false, got {module.config.temperal_downsample}")
+    return module
+
+
 def build_transformer(config: Mapping[str, Any]) -> nn.Module:
     """``WanTransformer3DModel``, its rotary tables on the CPU: they are computed, not loaded."""
     from diffusers import WanTransformer3DModel
