@@ -16,6 +16,7 @@ from reward_lora.training.schedule import BackpropSchedule
 from reward_lora.training.trainer import Trainer
 from reward_lora.video_models import WeightFileError, common, load_video_model, wan
 from reward_lora.video_models.wan import WanModel, rest
+from reward_lora.video_models.wan_parts import build_vae
 
 
 def written(tmp_path_factory, layout):
@@ -166,6 +167,11 @@ def test_numbers_of_a_diffusers_folder_that_cannot_be_meant_are_refused(tmp_path
         path.write_text(json.dumps(content | change if name == file else content))
     with pytest.raises(WeightFileError, match=message):
         load_video_model(tmp_path)
+
+
+def test_a_vae_halves_the_frames_or_not():
+    with torch.device("meta"), pytest.raises(ValueError, match=r"must hold true or false, got \['x', True\]"):
+        build_vae({"base_dim": 4, "dim_mult": [1, 1, 1], "num_res_blocks": 1, "temperal_downsample": ["x", True]})
 
 
 def test_a_vae_of_another_model_is_refused(tmp_path):
