@@ -198,7 +198,8 @@ def summarise(folder: Path) -> str:
     text = f"{folder.name}: {records[-1]['step'] if records else 0} of {steps} steps"
     if evaluated:
         text += f"; on fixed prompts {evaluated[0]['evaluation']:.4f} -> {evaluated[-1]['evaluation']:.4f}"
-    best = [r["step"] for r in evaluated if (r.get("guards") or {}).get("best")]
+    best = [r for r in evaluated if (r.get("guards") or {}).get("best")]
     if best:
-        text += f"; best at step {best[-1]}"
+        strength = best[-1]["guards"].get("strength", 1.0)
+        text += f"; best at step {best[-1]['step']}" + (f", kept at strength {strength:g}" if strength != 1 else "")
     return text + (f"; {records[-1]['stop']}" if records and records[-1].get("stop") else "")

@@ -96,7 +96,8 @@ class TrainConfig:
             patience) and changes no step; careful also keeps motion and shows the judge several views, for about 1.4
             times the time; off only reports. The next seven settings and anchor are the preset's unless given.
         keep_best: Save the LoRA of the best evaluation as NAME_best: the highest held-out score (without held-out
-            rewards, the highest trained reward) among those whose motion and sharpness are sound.
+            rewards, the highest trained reward) among those whose motion and sharpness are sound. One that scores
+            higher without being sound is tried at strength 0.7 too, and kept at that if it is the best then.
         patience: The run stops after this many bad evaluations in a row: motion or sharpness is not sound, or the
             held-out score is lower than at the best step although the trained reward is higher; 0 never stops.
         motion_floor: Motion below this share of the base model's, on the same prompts and seeds, is not sound.
