@@ -142,7 +142,7 @@ def load_latest(
         try:
             tensors, saved, progress = _read(path)
         except WeightFileError as error:
-            log.warning("%s; trying the one before", error)
+            log.warning("%s; trying the one before", str(error).partition("; ")[0])  # nobody can download it again
             continue
         different = identity.differences(saved)
         if different:
