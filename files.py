@@ -35,6 +35,14 @@ def unreadable(path: Path, error: OSError) -> WeightFileError:
     return WeightFileError(f"{path} cannot be read ({error.strerror or error}); check its permissions and the disk")
 
 
+def not_importable(error: ModuleNotFoundError) -> str:
+    """What an import lacks, in words; transformers raises the same error when a package is there but broken."""
+    if error.name:
+        return f"needs the Python package {error.name}, which is not installed"
+    reason = " ".join(str(error.__cause__ or error).split())
+    return f"needs a Python package that is there but cannot be imported ({reason})"
+
+
 def read_safetensors(path: Path | str) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Tensors (memory-mapped, on the CPU) and metadata of a safetensors file.
 

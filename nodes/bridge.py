@@ -21,6 +21,7 @@ from PIL import Image
 from server import PromptServer
 from torch import Tensor
 
+from ..files import not_importable
 from ..reward_models.protocol import Reward
 from ..training.events import TrainingStopped
 from ..training.memory import Placement, plan_for
@@ -54,7 +55,7 @@ def engine() -> Iterator[None]:
             yield
     except ModuleNotFoundError as error:
         sentence = (
-            f"the Python package {error.name} is not installed where ComfyUI runs; install what this pack needs: "
+            f"Reward LoRA {not_importable(error)} where ComfyUI runs; install what it needs: "
             f"{sys.executable} -m pip install -r {Path(__file__).resolve().parents[1] / 'requirements.txt'}"
         )
     except (ValueError, TrainingStopped) as error:

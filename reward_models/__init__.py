@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from ..files import WeightFileError
+from ..files import WeightFileError, not_importable
 from ..hub import Progress
 from . import (
     action,
@@ -106,10 +106,7 @@ def load_reward(
             return entry.load(Request(name, files, path, device, dtype, settled))
     except ModuleNotFoundError as error:
         needed = f'"{ROOT}[{entry.extra}]"' if entry.extra else f"-r {ROOT / 'requirements.txt'}"
-        raise ValueError(
-            f"{name} needs the Python package {error.name}, which is not installed: {sys.executable} -m pip install "
-            f"{needed}"
-        ) from None
+        raise ValueError(f"{name} {not_importable(error)}: {sys.executable} -m pip install {needed}") from None
     except (ValueError, MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # the libraries check configurations with errors of many kinds

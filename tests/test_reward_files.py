@@ -250,6 +250,15 @@ def test_a_missing_package_is_one_sentence(extra, needed, monkeypatch):
         load_reward("special")
 
 
+def test_a_broken_package_is_said_with_its_reason(monkeypatch):
+    def load(request):  # as transformers does it
+        raise ModuleNotFoundError("Could not import module") from RuntimeError("audio and torch\ndo not match")
+
+    monkeypatch.setitem(REWARDS, "special", RewardEntry(load, "needs more"))
+    with pytest.raises(ValueError, match=r"there but cannot be imported \(audio and torch do not match\)"):
+        load_reward("special")
+
+
 def test_a_file_in_the_models_folder_is_never_executed(tmp_path):
     (tmp_path / "mine.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
     with pytest.raises(ValueError, match="unknown reward 'mine'"):
