@@ -39,7 +39,8 @@ LONG = ("robustness", "guards", "gpu")
 PREFACE = """# Measured
 
 Made by `python -m reward_lora.benchmarks.all` from `results/*.json`; do not edit. Each section says when, on what and
-by which command. Numbers are medians, with the least and the most of the repeats in brackets.
+by which command. Numbers are medians, with the least and the most of the repeats in brackets: the spread of one run.
+From one hour to another the seconds of a shared machine differed by up to a fifth, its bytes did not.
 """
 
 
