@@ -52,7 +52,7 @@ def guess_base(lora: LoraFile) -> Guess:
     blocks = len({n for name in names.values() for n in re.findall(r"blocks_(\d+)_", name)})
     reason = f"modules named as in {family}" + f", {blocks} blocks" * bool(blocks)
     if family == "CogVideoX":
-        widths = {width for m in lora.modules.values() for width in (m.up.shape[0], m.down.shape[1])}
+        widths = {width for m in lora.modules.values() for width in m.shape}
         size = next((size for width, size in _COG_SIZES.items() if width in widths), "")
         return Guess(" ".join(filter(None, (family, cogvideox_version(lora.names), size))), reason)
     return Guess(family, reason)

@@ -61,7 +61,7 @@ def match(file: LoraFile, original_names: Mapping[str, str], shapes: Mapping[str
             _same(file, f"{spelled}.diff_b", tuple(offset.bias.shape), shape[:1])
         if spelled in file.modules:
             module = file.modules[spelled]
-            given = (module.up.shape[0], module.down.shape[1])
+            given = module.shape
             _same(file, spelled, given, (shape[0], math.prod(shape[1:])) if len(shape) > 1 else shape)
             if len(shape) == 2:
                 modules[ours] = module

@@ -92,7 +92,7 @@ def _fit_each_other(parts: Sequence[tuple[LoraFile, MatchedLora, float]]) -> Non
 def _sizes(lora: MatchedLora) -> Iterator[tuple[str, tuple[int, ...]]]:
     """Of everything it changes."""
     for name, module in lora.modules.items():
-        yield name, (module.up.shape[0], module.down.shape[1])
+        yield name, module.shape
     for name, offset in lora.offsets.items():
         for part, value in (("weight", offset.weight), ("bias", offset.bias)):
             if value is not None:

@@ -50,7 +50,7 @@ def _shapes(lora: LoraFile, names: ModuleNames) -> dict[str | None, tuple[int, .
     for name in lora.names:
         module, offset = lora.modules.get(name), lora.offsets.get(name)
         if module is not None:
-            shapes[names.find(name)] = (module.up.shape[0], module.down.shape[1])
+            shapes[names.find(name)] = module.shape
         else:
             shapes[names.find(name)] = tuple((offset.bias if offset.weight is None else offset.weight).shape)
     return shapes

@@ -29,6 +29,11 @@ class LoraModule:
         return self.down.shape[0]
 
     @property
+    def shape(self) -> tuple[int, int]:
+        """Of the weight it changes: ``(out, in)``."""
+        return self.up.shape[0], self.down.shape[1]
+
+    @property
     def scale(self) -> float:
         """What the product of the matrices is multiplied by at strength 1."""
         return self.alpha / self.rank
